@@ -1,0 +1,92 @@
+"""Import a Hugging Face model as a NeMo 2 checkpoint, and check every tensor of it against the source.
+
+From the repository root:
+
+    python convert_ckpt/convert_from_hf_to_nemo.py \\
+        --source Llama-3.1-8B-Instruct --output_path nemo_ckpt/Llama-3.1-8B-Instruct
+
+--source is a folder with config.json, a tokenizer and *.safetensors, or a Hub id (OWNER/MODEL).
+No GPU is needed; the memory needed is about twice the model's size.
+"""
+
+import sys
+import time
+from pathlib import Path
+
+# Nothing is installed: make the repository root importable, wherever the script is started from.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from nemo_tutorial import arguments, checkpoints, models, preflight, terminal
+
+
+def parse_args(argv=None):
+    parser = arguments.Parser(__doc__)
+    parser.add_argument("--source", required=True, help="Hugging Face folder or Hub id")
+    arguments.add_output(parser, "the NeMo checkpoint")
+    arguments.add_dry_run(parser)
+    return parser.parse_args(argv)
+
+
+def source_folder(args, problems):
+    """The local folder of --source; a Hub id is downloaded first, unless this is a dry run."""
+    folder = models.hf_folder(args.source)
+    if folder is None and models.is_hub_id(args.source) and args.dry_run is None:
+        preflight.report(problems)  # before the download
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+        try:
+            return Path(snapshot_download(args.source, allow_patterns=["*.safetensors*", *checkpoints.ASSETS]))
+        except (HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError) as error:
+            preflight.report([f"--source {args.source}: {error}"])
+    return folder or Path(args.source)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    problems, model, files = preflight.output_problems(args, [args.source]), None, []
+    folder = source_folder(args, problems)
+    try:
+        model = models.from_hf(folder)
+        files = models.weight_files(folder)
+    except ValueError as error:
+        problems.append(f"--source: {error}")
+    size = sum(file.stat().st_size for file in files)
+    # The checkpoint, and the export that it is checked with.
+    problems += preflight.disk_problems(args.output_path, 2 * size, f"--output_path {args.output_path}")
+    preflight.report(problems)
+    terminal.describe(
+        "import",
+        [
+            ("source", folder),
+            ("shape", f"{model.family.architecture}, {terminal.number(model.parameters)} parameters"),
+            ("size", f"{terminal.gigabytes(size)} in {len(files)} file(s)"),
+            ("output", args.output_path),
+            ("recipe", model.recipe),
+        ],
+    )
+    if args.dry_run == "plan":
+        return
+
+    from nemo_tutorial import conversion
+
+    if args.dry_run == "full":
+        print(conversion.importer(folder, model).config)
+        return
+    began = time.monotonic()
+    with checkpoints.published(args.output_path, args.overwrite) as partial:
+        compared, different = conversion.import_and_compare(folder, model, partial)
+        if different:
+            terminal.fail([f"{name}: {why}; nothing was written" for name, why in different], code=1)
+    terminal.describe(
+        "imported",
+        [
+            ("checkpoint", args.output_path),
+            ("tensors", f"{compared} compared with the source: all bit-equal"),
+            ("seconds", f"{time.monotonic() - began:.0f}"),
+        ],
+    )
+
+
+if __name__ == "__main__":
+    main()

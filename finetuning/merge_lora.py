@@ -1,0 +1,76 @@
+"""Merge a LoRA checkpoint into the model that it was trained on: a full NeMo 2 checkpoint, ready for export.
+
+From the repository root:
+
+    python finetuning/merge_lora.py \\
+        --source "results/llama31_finetuning/checkpoints/NAME-last" --output_path nemo_ckpt/merged
+
+The base model must still lie where it was when the adapter was trained. No GPU is needed.
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+# Nothing is installed: make the repository root importable, wherever the script is started from.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from nemo_tutorial import arguments, checkpoints, models, preflight, terminal
+
+
+def parse_args(argv=None):
+    parser = arguments.Parser(__doc__)
+    parser.add_argument("--source", required=True, help="LoRA checkpoint: a folder with weights/ and context/")
+    arguments.add_output(parser, "the merged NeMo checkpoint")
+    arguments.add_dry_run(parser)
+    return parser.parse_args(argv)
+
+
+def base_model(source):
+    """The checkpoint that an adapter was trained on: (path, problems)."""
+    metadata = Path(source) / "weights" / "adapter_metadata.json"
+    try:
+        base = json.loads(metadata.read_text(encoding="utf-8"))["model_ckpt_path"]
+    except (OSError, ValueError, KeyError) as error:
+        return None, [f"--source: {metadata} can't be read ({error!r})"]
+    base = base.removesuffix("/weights")
+    problem = checkpoints.problem(base)
+    return base, [f"--source: its base model: {problem}; put it back there, or correct {metadata}"] if problem else []
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    problems = preflight.checkpoint_problems("--source", args.source)
+    if not problems and not checkpoints.is_adapter(args.source):
+        problems.append(f"--source {args.source} is no LoRA checkpoint but a full one; export it as it is")
+    base = None
+    if not problems:
+        base, problems = base_model(args.source)
+    problems += preflight.output_problems(args, [args.source, *([base] if base else [])])
+    preflight.report(problems)
+    size = checkpoints.size(Path(base) / "weights")
+    terminal.describe(
+        "merge",
+        [
+            ("adapter", args.source),
+            ("base model", f"{base}, {terminal.number(models.from_nemo(base).parameters)} parameters"),
+            ("output", f"{args.output_path}, at most {terminal.gigabytes(size)}"),
+        ],
+    )
+    if args.dry_run:
+        return
+
+    from nemo_tutorial import conversion
+
+    began = time.monotonic()
+    with checkpoints.published(args.output_path, args.overwrite) as partial:
+        conversion.merge(Path(args.source), partial)
+        problem = checkpoints.problem(partial)
+        if problem:
+            terminal.fail([f"the merged checkpoint is not whole: {problem}; nothing was written"], code=1)
+    terminal.describe("merged", [("checkpoint", args.output_path), ("seconds", f"{time.monotonic() - began:.0f}")])
+
+
+if __name__ == "__main__":
+    main()

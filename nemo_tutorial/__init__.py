@@ -1,0 +1,11 @@
+"""What must stay equal between the scripts: flags, checks, recipes, launch.
+
+`arguments`, `models`, `checkpoints`, `megatron_data`, `schedule`, `preflight` and `terminal` need only the
+standard library; the others import NeMo, which takes half a minute, so scripts import those late.
+"""
+
+import os
+
+# NeMo-Run reads this once, when it is first imported, and NeMo imports it: set it before either.
+# Experiments then lie in ./experiments, where the user works, instead of the home folder.
+os.environ.setdefault("NEMORUN_HOME", os.getcwd())

@@ -1,0 +1,188 @@
+"""The flags that the scripts share, in groups; each script's parse_args is its table of contents."""
+
+import argparse
+import difflib
+import os
+import re
+import sys
+
+EXECUTORS = ("local", "slurm")
+FP8_RECIPES = ("delayed_scaling", "current_scaling", "subchannel_scaling", "mxfp8")
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with whole flag names only, `-` and `_` alike, and errors that say what to type instead."""
+
+    def __init__(self, doc, **kwargs):
+        super().__init__(
+            description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **kwargs
+        )
+
+    def parse_args(self, argv=None):
+        from_command_line = argv is None
+        argv = [_underscored(arg) for arg in (sys.argv[1:] if argv is None else argv)]
+        # Before argparse: it would say that a required flag is missing, not that it is misspelt.
+        names = [arg.split("=")[0] for arg in argv if arg.startswith("--")]
+        unknown = [name for name in names if " " not in name and name not in self._option_string_actions]
+        if not unknown:
+            args, unknown = self.parse_known_args(argv)
+        if unknown:
+            self.error("; ".join(self._suggest(arg) for arg in unknown))
+        if from_command_line:
+            _hide_secrets(args)
+        return args
+
+    def _suggest(self, arg):
+        if not arg.startswith("-"):
+            return f"{arg!r} is not understood: it belongs to no flag"
+        near = difflib.get_close_matches(arg.split("=")[0], self._option_string_actions, n=1)
+        return f"{arg} is not a flag of {self.prog}" + (f"; did you mean {near[0]}?" if near else "")
+
+    def error(self, message):
+        print(f"error: {message}\nall flags: python {sys.argv[0]} --help", file=sys.stderr)
+        sys.exit(2)
+
+
+def _underscored(arg):
+    """--max-steps=5 -> --max_steps=5; values and short flags stay as they are."""
+    if not arg.startswith("--"):
+        return arg
+    name, equals, value = arg.partition("=")
+    return "--" + name[2:].replace("-", "_") + equals + value
+
+
+def _hide_secrets(args):
+    """Move a token given as a flag into the environment, and start over without it, so that `ps` shows none."""
+    secrets = {"--hf_token": "HF_TOKEN", "--wandb_token": "WANDB_API_KEY"}
+    kept, words = [], iter(sys.argv[1:])
+    for word in words:
+        flag, equals, value = _underscored(word).partition("=")
+        if flag not in secrets:
+            kept.append(word)
+            continue
+        value = value if equals else next(words, "")
+        if value and not value.startswith("<"):  # <HF_TOKEN> is the README's placeholder
+            os.environ[secrets[flag]] = value
+        print(
+            f"warning: {flag} shows the token to everyone on this machine; export {secrets[flag]}=... instead",
+            file=sys.stderr,
+        )
+    if len(kept) < len(sys.argv) - 1:
+        sys.stderr.flush()
+        os.execv(sys.executable, [sys.executable, sys.argv[0], *kept])
+
+
+def positive(text):
+    """An argparse type: a whole number above 0."""
+    if not re.fullmatch(r"0*[1-9]\d*", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
+def add_dry_run(parser):
+    """--dry_run: say what was derived, and stop."""
+    parser.add_argument(
+        "--dry_run",
+        nargs="?",
+        const="plan",
+        choices=("plan", "full"),
+        help="print what was derived and stop; 'full' also imports NeMo and prints the recipe and the launch text",
+    )
+
+
+def add_output(parser, what):
+    """--output_path and --overwrite, for a script that writes one folder."""
+    parser.add_argument("--output_path", required=True, help=f"where to write {what}; must not exist")
+    parser.add_argument("--overwrite", action="store_true", help="replace --output_path once the new one is complete")
+
+
+def add_execution(parser, experiment):
+    """Where the job runs: this machine (torchrun) or Slurm."""
+    group = parser.add_argument_group("execution")
+    group.add_argument("--executor", choices=EXECUTORS, default="local", help="local (torchrun) or slurm [local]")
+    group.add_argument("-E", "--experiment", default=experiment, help=f"name; the run is results/NAME [{experiment}]")
+    group.add_argument("-N", "--num_nodes", type=positive, default=1, help="nodes [1]")
+    group.add_argument(
+        "-G", "--num_gpus", type=positive, help="GPUs a node, or processes without GPUs [those found; slurm: 8]"
+    )
+    group.add_argument(
+        "--accelerator", choices=("gpu", "cpu"), help="cpu is the no-GPU mode [gpu if there is one; slurm: gpu]"
+    )
+    group.add_argument("-a", "--account", help="Slurm account [the cluster's default]")
+    group.add_argument("-p", "--partition", help="Slurm partition [the cluster's default]")
+    group.add_argument("-i", "--container_image", help="Slurm: NeMo container image, for pyxis")
+    group.add_argument("--time", default="1-00:00:00", help="Slurm time limit [1-00:00:00]")
+    add_dry_run(parser)
+
+
+def add_model(parser):
+    """Which model, and from which weights."""
+    group = parser.add_argument_group("model")
+    group.add_argument("-M", "--model_size", help="checked against the checkpoint, like 8B [read from it]")
+    group.add_argument("--hf_model_id", help="Hugging Face id or folder: the shape and tokenizer to start from scratch")
+    group.add_argument("--hf_token", help="better: export HF_TOKEN, or log in with `hf auth login`")
+    group.add_argument(
+        "-n", "--nemo_model", nargs="?", const="", help="NeMo checkpoint; bare: the newest pretraining checkpoint"
+    )
+    group.add_argument("-s", "--seq_length", type=positive, help="tokens a sample [8192, or the model's if shorter]")
+
+
+def add_training(parser, global_batch_size):
+    """Steps, batch and learning rate."""
+    group = parser.add_argument_group("training")
+    group.add_argument("--max_steps", type=positive, help="optimizer steps of the whole run [one epoch]")
+    group.add_argument(
+        "--exit_interval",
+        type=positive,
+        metavar="STEPS",
+        help="save and stop at every multiple of this; the same command goes on [never]",
+    )
+    group.add_argument(
+        "-g",
+        "--global_batch_size",
+        type=positive,
+        default=global_batch_size,
+        help=f"samples a step, over all GPUs [{global_batch_size}]",
+    )
+    group.add_argument("-m", "--micro_batch_size", type=positive, default=1, help="samples a GPU at a time [1]")
+    group.add_argument("--lr", type=float, help="peak learning rate")
+    group.add_argument("--min_lr", type=float, help="learning rate at the end [a tenth of --lr]")
+    group.add_argument("--warmup_steps", type=int, help="steps of linear warm-up [a tenth of the run, at most 2000]")
+    group.add_argument(
+        "--val_check_interval",
+        type=positive,
+        metavar="STEPS",
+        help="steps between validations; each ends with a checkpoint [a fifth of the run]",
+    )
+    group.add_argument("--limit_val_batches", type=positive, help="batches a validation [32, or all if fewer]")
+    group.add_argument("--save_top_k", type=positive, default=2, help="checkpoints kept, by validation loss [2]")
+    group.add_argument("--seed", type=int, default=1234, help="seed of the data order and of new weights [1234]")
+    group.add_argument("--num_workers", type=int, default=2, help="data loader processes a GPU [2]")
+    group.add_argument("--precision", choices=("bf16", "fp32"), default="bf16", help="[bf16]")
+    group.add_argument("--fp8", action="store_true", help="FP8 matrix products (needs an H100 or newer)")
+    group.add_argument("--fp8_recipe", choices=FP8_RECIPES, help="how FP8 values are scaled [delayed_scaling]")
+
+
+def add_parallelism(parser):
+    """How the model is laid over the GPUs."""
+    group = parser.add_argument_group("parallelism")
+    group.add_argument("-T", "--tensor_model_parallel_size", type=positive, default=1, help="[1]")
+    group.add_argument("-P", "--pipeline_model_parallel_size", type=positive, default=1, help="[1]")
+    group.add_argument("-C", "--context_parallel_size", type=positive, default=1, help="[1]")
+    # Not BooleanOptionalAction: its --no-sequence_parallel would be out of reach, because `-` becomes `_`.
+    group.add_argument(
+        "--sequence_parallel",
+        action="store_true",
+        default=None,
+        help="split the norms' activations too [on with TP above 1]",
+    )
+    group.add_argument("--no_sequence_parallel", action="store_false", dest="sequence_parallel", default=None)
+
+
+def add_logging(parser):
+    """Weights & Biases; TensorBoard is always written."""
+    group = parser.add_argument_group("logging")
+    group.add_argument("--wandb", action="store_true", help="log to Weights & Biases as well")
+    group.add_argument("--wandb_project", help="[the experiment's name]")
+    group.add_argument("--wandb_name", help="[the experiment's name]")
+    group.add_argument("--wandb_token", help="better: export WANDB_API_KEY, or `wandb login`")

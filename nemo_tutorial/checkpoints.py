@@ -1,0 +1,117 @@
+"""NeMo 2 checkpoints on disk: complete or not, which is the newest, and publishing an output whole or not at all."""
+
+import contextlib
+import os
+import re
+import shutil
+from pathlib import Path
+
+from nemo_tutorial import models
+
+# What a Hugging Face folder holds beside its weights and papers.
+ASSETS = (
+    "config.json generation_config.json tokenizer.json tokenizer_config.json special_tokens_map.json "
+    "added_tokens.json tokenizer.model vocab.json vocab.txt merges.txt chat_template.jinja chat_template.json"
+).split()
+UNFINISHED = "-unfinished"  # NeMo's marker beside a checkpoint that is being written or removed
+
+
+def is_nemo(path):
+    """Whether `path` is, or was meant to be, a NeMo 2 checkpoint."""
+    return (Path(path) / "context").is_dir() or (Path(path) / "weights").is_dir()
+
+
+def is_adapter(path):
+    """Whether a checkpoint holds only a LoRA or DoRA adapter."""
+    return (Path(path) / "weights" / "adapter_metadata.json").is_file()
+
+
+def problem(path):
+    """Why a checkpoint can't be used, or None if it is complete."""
+    path = Path(path)
+    if not path.is_dir():
+        return f"{path} does not exist"
+    if not is_nemo(path):
+        return f"{path} is not a NeMo 2 checkpoint: it has neither weights/ nor context/"
+    real = path.resolve()
+    for marker in {Path(f"{path}{UNFINISHED}"), Path(f"{real}{UNFINISHED}")}:
+        if marker.exists():
+            return f"{path} is unfinished: {marker.name} lies beside it, so its writing was interrupted"
+    for part in ("weights/metadata.json", "weights/.metadata", "weights/common.pt", "context/io.json"):
+        if not (path / part).is_file():
+            return f"{path} is incomplete: {part} is missing"
+    if not any((path / "weights").glob("*.distcp")):
+        return f"{path} is incomplete: weights/ holds no *.distcp file"
+    return None
+
+
+def step(path):
+    """Finished optimizer steps of a checkpoint, from its name (NeMo counts from 0); 0 for an imported one."""
+    match = re.search(r"step=(\d+)", Path(path).name)
+    return int(match.group(1)) + 1 if match else 0
+
+
+def latest(run):
+    """The complete checkpoint with the most steps in `run`/checkpoints (links followed), or None."""
+    folder = Path(run) / "checkpoints"
+    found = [path for path in folder.glob("*") if path.is_dir() and is_nemo(path) and problem(path) is None]
+    # At equal steps NeMo's own "-last" is preferred: it is the one that its README commands name.
+    return max(found, key=lambda path: (step(path), path.name.endswith("-last")), default=None)
+
+
+def is_pretraining(path):
+    """Whether a checkpoint was written by pretraining: full weights, and NeMo's pretraining data module."""
+    try:
+        context = models.nemo_context(path)
+    except ValueError:
+        return False
+    data = context["datamodule"]
+    return data is not None and data[0] == "PreTrainingDataModule" and not is_adapter(path)
+
+
+def newest_pretraining(results):
+    """The newest complete pretraining checkpoint under `results`: newest run first, then most steps; or None."""
+    runs = [latest(run) for run in Path(results).glob("*") if (run / "checkpoints").is_dir()]
+    found = [path for path in runs if path is not None and is_pretraining(path)]
+    return max(found, key=lambda path: path.stat().st_mtime, default=None)
+
+
+def copy_assets(source, target):
+    """Copy a Hugging Face folder's tokenizer and configuration, byte for byte, without its weights."""
+    Path(target).mkdir(parents=True, exist_ok=True)
+    for name in ASSETS:
+        if (Path(source) / name).is_file():
+            shutil.copyfile(Path(source) / name, Path(target) / name)
+
+
+def size(path):
+    """Bytes in a folder."""
+    return sum(file.stat().st_size for file in Path(path).rglob("*") if file.is_file())
+
+
+@contextlib.contextmanager
+def published(output, overwrite=False):
+    """Give a folder beside `output` to write in; rename it to `output` if the block succeeds, else remove it.
+
+    With `overwrite` an existing output is replaced, and stays whole until the new one is.
+    """
+    output = Path(output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    staging = output.parent / f".{output.name}.{os.getpid()}.partial"
+    shutil.rmtree(staging, ignore_errors=True)
+    try:
+        yield staging
+        if output.exists() and not overwrite:
+            raise FileExistsError(f"{output} appeared while this was running")
+        replaced = output.parent / f".{output.name}.{os.getpid()}.replaced"
+        if output.exists():
+            output.rename(replaced)
+        try:
+            staging.rename(output)
+        except BaseException:
+            if replaced.exists():
+                replaced.rename(output)
+            raise
+        shutil.rmtree(replaced, ignore_errors=True)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)

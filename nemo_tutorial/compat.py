@@ -1,0 +1,38 @@
+"""The only place that asks which version or feature is there."""
+
+import inspect
+
+
+def supported(function, **kwargs):
+    """The part of `kwargs` that `function` takes in this version of NeMo or NeMo-Run."""
+    parameters = inspect.signature(function).parameters
+    return {name: value for name, value in kwargs.items() if name in parameters}
+
+
+def fp8_plugin(recipe):
+    """NeMo's precision plugin for an FP8 recipe. Raises ValueError if this container's NeMo lacks it."""
+    from nemo.collections.llm.recipes.precision import mixed_precision
+
+    names = {
+        "delayed_scaling": "bf16_with_fp8_mixed",
+        "current_scaling": "bf16_with_fp8_current_scaling_mixed",
+        "subchannel_scaling": "bf16_with_fp8_subchannel_scaling_mixed",
+        "mxfp8": "bf16_with_mxfp8_mixed",
+    }
+    factory = getattr(mixed_precision, names[recipe], None)
+    if factory is None:
+        raise ValueError(f"--fp8_recipe {recipe}: this NeMo has no {names[recipe]}; use a newer container")
+    return factory()
+
+
+def versions():
+    """Versions of what a run depends on; a missing package is left out."""
+    from importlib import metadata
+
+    found = {}
+    for name in ("nemo_toolkit", "nemo_run", "megatron-core", "torch", "transformer_engine", "transformers"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            pass
+    return found

@@ -1,0 +1,232 @@
+"""What a checkpoint is: read from a Hugging Face `config.json` or a NeMo context, with the standard library only."""
+
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Family:
+    """A model family that NeMo and transformers both have."""
+
+    architecture: str  # in config.json
+    nemo_model: str  # in nemo.collections.llm
+    recipes: dict  # parameters in 10^9 -> recipe in nemo.collections.llm
+
+
+FAMILIES = [
+    Family(
+        "LlamaForCausalLM",
+        "LlamaModel",
+        {1: "llama32_1b", 3: "llama32_3b", 8: "llama31_8b", 70: "llama31_70b", 405: "llama31_405b"},
+    ),
+]
+# NeMo names on the left, Hugging Face names on the right.
+NEMO_FIELDS = {
+    "num_layers": "num_hidden_layers",
+    "hidden_size": "hidden_size",
+    "ffn_hidden_size": "intermediate_size",
+    "num_attention_heads": "num_attention_heads",
+    "num_query_groups": "num_key_value_heads",
+    "kv_channels": "head_dim",
+    "vocab_size": "vocab_size",
+    "seq_length": "max_position_embeddings",
+    "share_embeddings_and_output_weights": "tie_word_embeddings",
+}
+
+
+@dataclass(frozen=True)
+class Model:
+    """The shape of a model, in Hugging Face's names."""
+
+    family: Family
+    source: str
+    num_hidden_layers: int
+    hidden_size: int
+    intermediate_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    vocab_size: int
+    max_position_embeddings: int
+    tie_word_embeddings: bool
+
+    @property
+    def parameters(self):
+        """Number of parameters (embedding, attention, gated MLP, RMS norms, output layer; no biases)."""
+        attention = self.head_dim * (2 * self.num_attention_heads + 2 * self.num_key_value_heads)
+        layer = self.hidden_size * (attention + 3 * self.intermediate_size + 2)
+        embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
+        return embeddings + self.num_hidden_layers * layer + self.hidden_size
+
+    @property
+    def recipe(self):
+        """Name of the NeMo recipe made for the size nearest to this model's."""
+        return min(self.family.recipes.items(), key=lambda item: abs(item[0] - self.parameters / 1e9))[1]
+
+
+def supported():
+    """The architectures that can be used, as one phrase."""
+    return ", ".join(family.architecture for family in FAMILIES)
+
+
+def from_config(path):
+    """Read a `config.json`. Raises ValueError in a sentence for a reader if it can't be used."""
+    path = Path(path)
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} can't be read as JSON ({error}); download the model again") from None
+    architecture = (config.get("architectures") or ["no architecture"])[0]
+    family = next((f for f in FAMILIES if f.architecture == architecture), None)
+    if family is None:
+        raise ValueError(f"{path} says {architecture}, which can't be converted. Supported: {supported()}")
+    if config.get("auto_map"):
+        raise ValueError(f"{path} asks to run code of its own (auto_map), which is never done here")
+    try:
+        heads = config["num_attention_heads"]
+        return Model(
+            family=family,
+            source=str(path.parent),
+            num_hidden_layers=config["num_hidden_layers"],
+            hidden_size=config["hidden_size"],
+            intermediate_size=config["intermediate_size"],
+            num_attention_heads=heads,
+            num_key_value_heads=config.get("num_key_value_heads") or heads,
+            head_dim=config.get("head_dim") or config["hidden_size"] // heads,
+            vocab_size=config["vocab_size"],
+            max_position_embeddings=config["max_position_embeddings"],
+            tie_word_embeddings=config.get("tie_word_embeddings", False),
+        )
+    except KeyError as error:
+        raise ValueError(f"{path} has no {error.args[0]!r}; it is not the config.json of a {architecture}") from None
+
+
+def _config_object(objects, path):
+    """The (class name, plain values) that a NeMo `io.json` holds at `path`, or None."""
+    for item in objects.values():
+        if path in item.get("paths", ()):
+            values = {key: value["value"] for key, value in _attributes(item) if value.get("type") == "leaf"}
+            traverser = dict(_attributes(objects[item["metadata"]["key"]]))
+            return traverser["fn_or_cls"]["name"], values
+    return None
+
+
+def _attributes(item):
+    for key, value in item["items"]:
+        match = re.fullmatch(r"Attr\(name='(\w+)'\)", key)
+        if match and isinstance(value, dict):
+            yield match.group(1), value
+
+
+def nemo_context(path):
+    """The objects of a NeMo checkpoint's `context/io.json`: {dotted path: (class name, plain values)}.
+
+    Paths: "model", "model.config", "model.tokenizer", "datamodule"; a missing one is None.
+    Raises ValueError if the file can't be read.
+    """
+    file = Path(path) / "context" / "io.json"
+    try:
+        objects = json.loads(file.read_text(encoding="utf-8"))["objects"]
+        paths = {name: f"<root>.{name}" for name in ("model", "model.config", "model.tokenizer")}
+        paths["datamodule"] = "<root>.extra['datamodule']"
+        return {name: _config_object(objects, path) for name, path in paths.items()}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{file} can't be read ({error!r}); it is not a whole NeMo 2 checkpoint") from None
+
+
+def from_nemo(path):
+    """Read a NeMo 2 checkpoint's model. Raises ValueError in a sentence for a reader if it can't be used."""
+    context = nemo_context(path)
+    if context["model"] is None or context["model.config"] is None:
+        raise ValueError(f"{path}/context/io.json describes no model; it is not a whole NeMo 2 checkpoint")
+    family = next((f for f in FAMILIES if f.nemo_model == context["model"][0]), None)
+    if family is None:
+        known = ", ".join(f.nemo_model for f in FAMILIES)
+        raise ValueError(f"{path} holds a {context['model'][0]}, which can't be used. Supported: {known}")
+    values = context["model.config"][1]
+    fields = {name: values.get(nemo) for nemo, name in NEMO_FIELDS.items()}
+    hf_config = tokenizer_folder(path) / "config.json"
+    if hf_config.is_file():  # NeMo's seq_length is the run's, not the model's limit
+        fields["max_position_embeddings"] = from_config(hf_config).max_position_embeddings
+    for nemo, name in NEMO_FIELDS.items():
+        if fields[name] is None and name not in ("head_dim", "num_key_value_heads"):
+            raise ValueError(f"{path}/context/io.json has no {nemo}; it is not a whole NeMo 2 checkpoint")
+    fields["head_dim"] = fields["head_dim"] or fields["hidden_size"] // fields["num_attention_heads"]
+    fields["num_key_value_heads"] = fields["num_key_value_heads"] or fields["num_attention_heads"]
+    return Model(family=family, source=str(path), **fields)
+
+
+def tokenizer_folder(path):
+    """The folder inside a NeMo checkpoint that holds its tokenizer and, imported by us, its source's config.json."""
+    tokenizer = nemo_context(path)["model.tokenizer"]
+    name = tokenizer[1].get("pretrained_model_name") if tokenizer else None
+    return Path(path) / "context" / (name or "nemo_tokenizer")
+
+
+def hub_snapshot(repo):
+    """The folder where the Hub's cache on this machine holds model `repo`, or None. Nothing is downloaded."""
+    home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
+    cache = Path(os.environ.get("HF_HUB_CACHE") or home / "hub") / ("models--" + repo.replace("/", "--"))
+    try:
+        snapshot = cache / "snapshots" / (cache / "refs" / "main").read_text().strip()
+    except OSError:
+        return None
+    return snapshot if (snapshot / "config.json").is_file() else None
+
+
+def hf_folder(name):
+    """The local folder of a Hugging Face model: `name` itself, or its copy in the Hub's cache; None if neither."""
+    return Path(name) if Path(name).is_dir() else hub_snapshot(name)
+
+
+def is_hub_id(name):
+    """Whether `name` has the form of a Hub id: owner/model, and is no path that exists."""
+    return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", name)) and not Path(name).exists()
+
+
+def from_hf(folder):
+    """Read a local Hugging Face model folder. Raises ValueError in a sentence for a reader if it can't be used."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is not a folder; download it first: hf download OWNER/MODEL --local-dir {folder}")
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} has no config.json, so it is not a Hugging Face model folder")
+    model = from_config(folder / "config.json")
+    if not (folder / "tokenizer.json").is_file() and not (folder / "tokenizer.model").is_file():
+        raise ValueError(f"{folder} has no tokenizer.json or tokenizer.model; download the whole model again")
+    return model
+
+
+def weight_files(folder):
+    """The safetensors files of a Hugging Face folder. Raises ValueError if there are none, or some are missing."""
+    folder = Path(folder)
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError) as error:
+            raise ValueError(f"{index} can't be read ({error!r}); download the model again") from None
+        missing = [name for name in names if not (folder / name).is_file()]
+        if missing:
+            raise ValueError(f"{folder} lacks {', '.join(missing)}; download the model again")
+        return [folder / name for name in names]
+    files = sorted(folder.glob("*.safetensors"))
+    if not files and list(folder.glob("*.bin")):
+        raise ValueError(
+            f"{folder} holds its weights only as pickles (*.bin), which can run code when opened; "
+            "use a revision with model.safetensors, or convert it once with transformers' save_pretrained"
+        )
+    if not files:
+        raise ValueError(f"{folder} holds no *.safetensors file; download the whole model again")
+    return files
+
+
+def parse_size(text):
+    """'8B' -> 8e9, '135M' -> 1.35e8. Raises ValueError for anything else."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([BM])", text.strip().upper())
+    if not match:
+        raise ValueError(f"{text!r} is not a size; write it like 8B or 135M")
+    return float(match.group(1)) * {"B": 1e9, "M": 1e6}[match.group(2)]

@@ -1,0 +1,306 @@
+"""What can be found wrong before NeMo is imported: one function a rule, each returning its problems.
+
+A problem is a sentence for the user: the flag, the value, what is wrong, the next command.
+"""
+
+import json
+import math
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+from nemo_tutorial import checkpoints, megatron_data, models, terminal
+
+
+def report(problems):
+    """Print all problems and exit 2, if there are any."""
+    problems = list(dict.fromkeys(problem for problem in problems if problem))
+    if problems:
+        terminal.fail(problems)
+
+
+def gpus_here():
+    """Number of GPUs that this machine shows to a job."""
+    if not shutil.which("nvidia-smi"):
+        return 0
+    found = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout.count("GPU ")
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return found if visible is None else min(found, len([d for d in visible.split(",") if d.strip()]))
+
+
+def fill_hardware(args):
+    """Set args.accelerator and args.num_gpus where the user did not; return the problems."""
+    if args.executor == "slurm":
+        args.accelerator = args.accelerator or "gpu"
+        args.num_gpus = args.num_gpus or 8
+        return []
+    found = gpus_here()
+    args.accelerator = args.accelerator or ("gpu" if found else "cpu")
+    if args.accelerator == "cpu":
+        args.num_gpus = args.num_gpus or 1
+        return []
+    args.num_gpus = args.num_gpus or found or 1
+    if args.num_gpus > found and args.dry_run is None:
+        return [f"--num_gpus {args.num_gpus}: this machine shows {found}; use --num_gpus {max(1, found)}"]
+    return []
+
+
+def data_parallel_size(args):
+    """Copies of the model: GPUs / (TP * PP * CP)."""
+    model_parallel = args.tensor_model_parallel_size * args.pipeline_model_parallel_size * args.context_parallel_size
+    return max(1, args.num_nodes * args.num_gpus // model_parallel)
+
+
+def divisors(*numbers):
+    """What divides all `numbers`, as text: '1, 2, 4'."""
+    common = math.gcd(*numbers)
+    return ", ".join(str(size) for size in range(1, min(common, 1024) + 1) if common % size == 0)
+
+
+def layout_problems(args):
+    """Parallel sizes against the number of GPUs, and batch sizes against the data parallel size."""
+    world = args.num_nodes * args.num_gpus
+    tp, pp, cp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size, args.context_parallel_size
+    if world % (tp * pp * cp):
+        return [
+            f"--tensor_model_parallel_size {tp} x --pipeline_model_parallel_size {pp} x --context_parallel_size {cp} "
+            f"= {tp * pp * cp} does not divide the {world} GPUs (--num_nodes {args.num_nodes} x --num_gpus "
+            f"{args.num_gpus}); the product must be one of {divisors(world)}"
+        ]
+    dp = data_parallel_size(args)
+    problems = []
+    if args.global_batch_size % (args.micro_batch_size * dp):
+        multiple = args.micro_batch_size * dp
+        fit = max(multiple, args.global_batch_size // multiple * multiple)
+        problems.append(
+            f"--global_batch_size {args.global_batch_size} is not a multiple of --micro_batch_size "
+            f"{args.micro_batch_size} x data parallel size {dp}; use --global_batch_size {fit}"
+        )
+    if args.sequence_parallel and tp == 1:
+        problems.append("--sequence_parallel needs --tensor_model_parallel_size above 1")
+    return problems
+
+
+def model_problems(args, model):
+    """Heads, KV groups, layers and vocabulary against the parallel sizes, and --model_size against the checkpoint."""
+    problems = []
+    tp, pp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
+    sizes = {
+        "attention heads": model.num_attention_heads,
+        "KV groups": model.num_key_value_heads,
+        "vocabulary rows": model.vocab_size,
+    }
+    for name, value in sizes.items():
+        if value % tp:
+            problems.append(
+                f"--tensor_model_parallel_size {tp} does not divide the model's {value} {name}; "
+                f"use one of {divisors(*sizes.values())}"
+            )
+    layers = model.num_hidden_layers
+    if layers % pp:
+        problems.append(
+            f"--pipeline_model_parallel_size {pp} does not divide the {layers} layers; use one of {divisors(layers)}"
+        )
+    if args.model_size:
+        try:
+            asked = models.parse_size(args.model_size)
+        except ValueError as error:
+            return [*problems, f"--model_size: {error}"]
+        # Sizes are names: Llama-3.2-1B has 1.24 B parameters, Llama-2-7B 6.74 B.
+        if not 0.7 < model.parameters / asked < 1.4:
+            problems.append(
+                f"--model_size {args.model_size}: {model.source} has {terminal.number(model.parameters)} parameters; "
+                "leave the flag out, or name another checkpoint"
+            )
+    return problems
+
+
+def below(number, multiple):
+    """The largest multiple of `multiple` that is at most `number`, or `multiple` itself."""
+    return max(multiple, number // multiple * multiple)
+
+
+def sequence_problems(args):
+    """Sequence length against context parallelism, sequence parallelism and FP8."""
+    problems = []
+    cp, tp = args.context_parallel_size, args.tensor_model_parallel_size
+    if cp > 1 and args.seq_length % (2 * cp):
+        problems.append(
+            f"--seq_length {args.seq_length} is not a multiple of 2 x --context_parallel_size {cp}; "
+            f"use {below(args.seq_length, 2 * cp)}"
+        )
+    if cp > 1 and args.accelerator == "cpu":
+        problems.append(
+            f"--context_parallel_size {cp} needs Transformer Engine, so a GPU: not in the no-GPU mode; "
+            "use --context_parallel_size 1"
+        )
+    if tp > 1 and args.seq_length // cp % tp:
+        problems.append(
+            f"--seq_length {args.seq_length} / CP {cp} is not a multiple of TP {tp}; "
+            f"use {below(args.seq_length, 2 * cp * tp)}"
+        )
+    if args.fp8 and args.accelerator == "cpu":
+        problems.append("--fp8 needs a GPU: not in the no-GPU mode; leave it out")
+    if args.fp8 and args.precision == "fp32":
+        problems.append("--fp8 and --precision fp32 exclude one another; leave one out")
+    if args.fp8 and args.seq_length % 16:
+        problems.append(
+            f"--seq_length {args.seq_length} is not a multiple of 16, which --fp8 needs; "
+            f"use {below(args.seq_length, 16)}"
+        )
+    if args.fp8_recipe and not args.fp8:
+        problems.append(f"--fp8_recipe {args.fp8_recipe} has no effect without --fp8; add it")
+    return problems
+
+
+def schedule_problems(args):
+    """Learning rate, warm-up and intervals against the number of steps; needs args.max_steps."""
+    problems = []
+    if not 0 < args.lr < math.inf:
+        problems.append(f"--lr {args.lr} is not a number above 0")
+    elif not 0 <= args.min_lr <= args.lr:
+        problems.append(f"--min_lr {args.min_lr} is not between 0 and --lr {args.lr}")
+    if not 0 <= args.warmup_steps < max(1, args.max_steps):
+        problems.append(f"--warmup_steps {args.warmup_steps} is not below the {args.max_steps} steps of the run")
+    if args.val_check_interval > args.max_steps:
+        problems.append(
+            f"--val_check_interval {args.val_check_interval} is above the {args.max_steps} steps: never reached"
+        )
+    if args.exit_interval and args.exit_interval % args.val_check_interval:
+        problems.append(
+            f"--exit_interval {args.exit_interval} is not a multiple of --val_check_interval "
+            f"{args.val_check_interval}, and checkpoints are written after validations"
+        )
+    return problems
+
+
+def execution_problems(args):
+    """What --executor needs, and flags that it would ignore."""
+    problems = []
+    if not args.experiment or "/" in args.experiment or args.experiment.startswith("."):
+        problems.append(f"--experiment {args.experiment!r} is not a plain name")
+    if args.executor == "slurm" and args.dry_run is None and not shutil.which("sbatch"):
+        problems.append("--executor slurm: there is no sbatch here; run this on the cluster's login node")
+    if args.executor == "local":
+        for flag in ("account", "partition", "container_image"):
+            if getattr(args, flag):
+                terminal.warn(f"--{flag} {getattr(args, flag)} has no effect with --executor local")
+        if args.num_nodes > 1 and args.dry_run is None and not os.environ.get("MASTER_ADDR"):
+            problems.append(
+                f"--executor local --num_nodes {args.num_nodes}: export MASTER_ADDR, MASTER_PORT and NODE_RANK and "
+                "run this on every node, or use --executor slurm"
+            )
+    if not args.wandb:
+        for flag in ("wandb_project", "wandb_name"):
+            if getattr(args, flag):
+                terminal.warn(f"--{flag} {getattr(args, flag)} has no effect without --wandb")
+    return problems
+
+
+def checkpoint_problems(flag, path):
+    """Whether `path` is a complete NeMo 2 checkpoint that can be trained on or exported."""
+    problem = checkpoints.problem(path)
+    if problem and models.is_hub_id(str(path)):
+        problem += "; import it first: python convert_ckpt/convert_from_hf_to_nemo.py"
+    return [f"{flag}: {problem}"] if problem else []
+
+
+def output_problems(args, inputs=()):
+    """--output_path must not exist (or --overwrite), nor hold or lie in an input."""
+    output = Path(args.output_path)
+    problems = []
+    if output.exists() and not args.overwrite:
+        problems.append(f"--output_path {output} exists; choose another, or replace it with --overwrite")
+    if output.exists() and args.overwrite and not output.is_dir():
+        problems.append(f"--output_path {output} is a file, not a folder; choose another")
+    here, resolved = Path.cwd(), output.resolve()
+    if resolved == here or resolved in here.parents:
+        problems.append(f"--output_path {output} is, or holds, the current folder; choose a new folder")
+    for path in inputs:
+        source = Path(path).resolve()
+        if resolved == source or resolved in source.parents or source in resolved.parents:
+            problems.append(f"--output_path {output} and the source {path} lie in one another; choose a new folder")
+    return problems
+
+
+def disk_problems(folder, needed, what):
+    """Whether the disk that will hold `folder` has `needed` bytes free."""
+    folder = Path(folder).resolve()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        return [f"{what} needs {terminal.gigabytes(needed)}, the disk of {folder} has {terminal.gigabytes(free)} free"]
+    return []
+
+
+def pretraining_data(args):
+    """Read the datasets of --dataset_path: (indices, problems)."""
+    indices, problems = [], []
+    try:
+        for prefix in megatron_data.prefixes(args.dataset_path):
+            try:
+                indices.append(megatron_data.read_index(prefix))
+            except (ValueError, OSError) as error:
+                problems.append(f"--dataset_path: {error}")
+    except ValueError as error:
+        problems.append(f"--dataset_path: {error}")
+    for index in indices:
+        problems += split_problems(index, args.split)
+    return indices, problems
+
+
+def split_problems(index, split):
+    """A share that rounds to no documents, or too few tokens for a sample: Megatron would hang on it for ever."""
+    try:
+        spans = megatron_data.split_sequences(index.sequences, split)
+    except ValueError as error:
+        return [str(error)]
+    problems = []
+    for name, span in zip(("training", "validation", "test"), spans):
+        if span is not None and span[0] == span[1]:
+            problems.append(
+                f"--split {split}: the {name} share of {index.prefix} ({index.documents} documents) rounds to none, "
+                "and Megatron would wait for ever; give it a larger share, such as --split 90,10,0"
+            )
+    if spans[megatron_data.VALIDATION] is None:
+        problems.append(f"--split {split} leaves nothing to validate on; use one such as 98,2,0")
+    return problems
+
+
+def finetuning_data(folder, keys):
+    """Read training.jsonl and validation.jsonl: ({name: rows}, problems). Every line is checked."""
+    rows, problems = {}, []
+    folder = Path(folder)
+    if not folder.is_dir():
+        hint = "run python finetuning/download_split_data.py first"
+        return rows, [f"--dataset_path {folder} is not a folder; {hint}"]
+    for name in ("training", "validation"):
+        file = folder / f"{name}.jsonl"
+        if not file.is_file():
+            problems.append(f"--dataset_path: {file} is missing; run python finetuning/download_split_data.py first")
+            continue
+        count, problem = count_rows(file, keys)
+        rows[name] = count
+        if problem:
+            problems.append(f"--dataset_path: {problem}")
+    return rows, problems
+
+
+def count_rows(file, keys):
+    """Count the rows of a JSONL file: (rows, first problem or None). Each row needs `keys`, all text."""
+    count = 0
+    with open(file, "rb") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                return count, f"{file}:{number} is not JSON ({error}); mend or remove the line"
+            if not isinstance(row, dict):
+                return count, f"{file}:{number} is not a JSON object"
+            bad = [key for key in keys if not isinstance(row.get(key), str)]
+            if bad:
+                return count, f"{file}:{number} has no text under {', '.join(bad)}; every row needs {', '.join(keys)}"
+            count += 1
+    return count, None if count else f"{file} is empty"

@@ -1,0 +1,168 @@
+"""What we change in a NeMo recipe. Each function takes the recipe and the flags, and assigns; NeMo keeps the rest."""
+
+from pathlib import Path
+
+import fiddle as fdl
+import nemo_run as run
+import torch
+from nemo import lightning as nl
+from nemo.collections import llm
+from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTokenizer
+from nemo.lightning import io
+
+from nemo_tutorial import callbacks, compat, cpu
+
+# The fields of a NeMo config that say what the model is; all others say how it runs, and stay the recipe's.
+ARCHITECTURE = (
+    "num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels vocab_size "
+    "make_vocab_size_divisible_by share_embeddings_and_output_weights init_method_std layernorm_epsilon rotary_base "
+    "rotary_percent scale_factor low_freq_factor high_freq_factor old_context_len"
+).split()
+
+
+def start(family_recipe, kind, args):
+    """NeMo's recipe `kind` ("pretrain_recipe" or "finetune_recipe") of the given name, on the accelerator asked for."""
+    factory = getattr(getattr(llm, family_recipe), kind)
+    options = {"peft_scheme": args.peft or "none"} if kind == "finetune_recipe" else {}
+    recipe = factory(
+        dir="results", name=args.experiment, num_nodes=args.num_nodes, num_gpus_per_node=args.num_gpus, **options
+    )
+    if args.accelerator == "cpu":
+        fdl.update_callable(recipe, {"pretrain_recipe": cpu.pretrain, "finetune_recipe": cpu.finetune}[kind])
+        recipe.trainer.accelerator = "cpu"
+        # Async saving starts processes that import everything once more: half a minute a checkpoint, for nothing.
+        recipe.trainer.strategy.ckpt_async_save = False
+    return recipe
+
+
+def set_model(recipe, args, config, tokenizer_folder):
+    """The model that `config` (a NeMo config, or a Fiddle config of one) describes, with a tokenizer."""
+    cls = fdl.get_callable(config) if isinstance(config, fdl.Buildable) else type(config)
+    fields = {name: getattr(config, name, None) for name in ARCHITECTURE}
+    fields = {name: value for name, value in fields.items() if value is not None}
+    model_cls = fdl.get_callable(recipe.model)
+    tokenizer = run.Config(AutoTokenizer, str(Path(tokenizer_folder).absolute()), use_fast=True)
+    recipe.model = run.Config(model_cls, config=run.Config(cls, **fields), tokenizer=tokenizer)
+    recipe.model.config.seq_length = args.seq_length
+
+
+def checkpoint_config(path):
+    """The model config of a NeMo checkpoint, as a Fiddle config: nothing is built, no weights are read."""
+    return io.load_context(Path(path) / "context", subpath="model.config", build=False)
+
+
+def hf_config(folder, nemo_model):
+    """The NeMo config that NeMo's importer derives from a Hugging Face folder."""
+    return getattr(llm, nemo_model).importer(f"hf://{Path(folder).absolute()}").config
+
+
+def set_parallelism(recipe, args):
+    """TP, PP, CP and sequence parallelism."""
+    strategy = recipe.trainer.strategy
+    strategy.tensor_model_parallel_size = args.tensor_model_parallel_size
+    strategy.pipeline_model_parallel_size = args.pipeline_model_parallel_size
+    strategy.context_parallel_size = args.context_parallel_size
+    strategy.sequence_parallel = args.sequence_parallel
+    # The big models' recipes set these for their own PP; with another they stop the ranks.
+    strategy.virtual_pipeline_model_parallel_size = None
+    for name in ("account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split"):
+        if getattr(strategy, name, None):
+            setattr(strategy, name, False)
+    # NeMo stops with "pipeline_dtype must be set" with PP > 1, and warns about a set one without.
+    dtype = torch.float32 if args.precision == "fp32" else torch.bfloat16
+    strategy.pipeline_dtype = dtype if args.pipeline_model_parallel_size > 1 else None
+    if args.context_parallel_size > 1:
+        # A rank whose part of a sample is all prompt has no loss: averaging per rank gives NaN.
+        recipe.model.config.calculate_per_token_loss = True
+        strategy.ddp.average_in_collective = False
+    # Else a checkpoint's optimizer can be loaded only on the layout that wrote it (NeMo 2.6 and newer).
+    for name, value in compat.supported(nl.MegatronStrategy, ckpt_optim_fully_reshardable=True).items():
+        setattr(strategy, name, value)
+
+
+def set_precision(recipe, args):
+    """bf16 (the recipe's), FP8, or fp32."""
+    if args.fp8:
+        recipe.trainer.plugins = compat.fp8_plugin(args.fp8_recipe or "delayed_scaling")
+    elif args.precision == "fp32":
+        recipe.trainer.plugins = run.Config(
+            nl.MegatronMixedPrecision,
+            precision="32",
+            params_dtype=torch.float32,
+            pipeline_dtype=torch.float32,
+            autocast_enabled=False,
+            grad_reduce_in_fp32=True,
+        )
+        recipe.optim.config.bf16 = False
+
+
+def set_training(recipe, args):
+    """Steps, learning rate, validation."""
+    trainer, optim = recipe.trainer, recipe.optim
+    trainer.max_steps = args.max_steps
+    trainer.val_check_interval = args.val_check_interval
+    trainer.limit_val_batches = args.limit_val_batches
+    trainer.limit_test_batches = 0  # nothing is tested here; NeMo would build a test set all the same
+    trainer.num_sanity_val_steps = args.limit_val_batches  # the loss before training, to compare with
+    trainer.log_every_n_steps = 1
+    optim.config.lr = args.lr
+    # The recipe's own are for a million steps: never out of warm-up, or an error as min_lr is above lr.
+    optim.lr_scheduler.min_lr = args.min_lr
+    optim.lr_scheduler.warmup_steps = args.warmup_steps
+    optim.lr_scheduler.constant_steps = 0
+    metrics = Path("results", args.experiment, "record", "metrics.jsonl")
+    own = [run.Config(callbacks.Metrics, str(metrics.absolute()))]
+    if args.exit_interval:
+        own.append(run.Config(callbacks.ExitInterval, args.exit_interval))
+    trainer.callbacks = [*(trainer.callbacks or []), *own]
+
+
+def set_checkpointing(recipe, args, resume_from, restore_from):
+    """A checkpoint after each validation, the best kept; where the weights come from.
+
+    `resume_from` continues a run (weights, optimizer, step, data order); `restore_from` gives only weights.
+    """
+    log = recipe.log
+    log.log_dir = str(Path("results").absolute())
+    log.name = args.experiment
+    log.use_datetime_version = False
+    log.tensorboard.save_dir = f"{args.experiment}/tensorboard"  # NeMo puts log_dir before it
+    log.tensorboard.name = ""
+    # After each validation, so that the name's val_loss is real: saved at other times it would say 0.00, and
+    # NeMo takes that for the best and deletes the others. "link": the last one is not written twice.
+    log.ckpt = run.Config(
+        nl.ModelCheckpoint,
+        monitor="val_loss",
+        mode="min",
+        save_last="link",
+        save_top_k=args.save_top_k,
+        save_optim_on_train_end=True,  # else the run can't go on from its last checkpoint
+        filename="{model_name}--{val_loss:.2f}-{step}-{consumed_samples}",
+    )
+    # The launcher chose the checkpoint (newest by step, complete): NeMo's own choice goes by file time.
+    recipe.resume = run.Config(
+        nl.AutoResume,
+        resume_from_path=str(Path(resume_from).absolute()) if resume_from else None,
+        restore_config=run.Config(nl.RestoreConfig, path=str(Path(restore_from).absolute()))
+        if restore_from and not resume_from
+        else None,
+        resume_if_exists=True,
+        resume_ignore_no_checkpoint=True,  # else a run from scratch stops with NotFoundError
+    )
+
+
+def set_wandb(recipe, args):
+    """Weights & Biases, if asked for."""
+    if args.wandb:
+        from lightning.pytorch.loggers import WandbLogger
+
+        recipe.log.wandb = run.Config(
+            WandbLogger, project=args.wandb_project or args.experiment, name=args.wandb_name or args.experiment
+        )
+
+
+def as_text(recipe):
+    """The recipe as YAML, as NeMo-Run writes it."""
+    from nemo_run.core.serialization.yaml import YamlSerializer
+
+    return YamlSerializer().serialize(recipe)

@@ -1,0 +1,286 @@
+"""A training run in results/<experiment>: where its weights come from, its defaults, its start and its end.
+
+Used by pretrain.py and finetune.py alike. Nothing here imports NeMo before `start` is past the dry run.
+"""
+
+import json
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from nemo_tutorial import checkpoints, models, preflight, schedule, terminal
+
+
+@dataclass
+class Source:
+    """Where a run's weights come from; exactly one of the three is used, in this order."""
+
+    resume_from: Path | None = None  # this run's own newest checkpoint: weights, optimizer, step, data order
+    restore_from: Path | None = None  # another NeMo checkpoint: weights only
+    hf_folder: Path | None = None  # shape and tokenizer only: random weights
+    nemo_model: str = ""
+    run: Path | None = None
+
+    def __str__(self):
+        if self.resume_from:
+            return f"goes on from step {checkpoints.step(self.resume_from)} of {self.resume_from}"
+        return str(self.restore_from) if self.restore_from else f"random, shape of {self.hf_folder}"
+
+    def config_and_tokenizer(self):
+        """The model's NeMo config, and the folder of its tokenizer."""
+        from nemo_tutorial import recipes
+
+        checkpoint = self.resume_from or self.restore_from
+        if checkpoint:
+            return recipes.checkpoint_config(checkpoint), models.tokenizer_folder(checkpoint)
+        # Copied, because NeMo stores the tokenizer's whole folder with each checkpoint: here, the weights too.
+        folder = self.run / "nemo_tokenizer"
+        checkpoints.copy_assets(self.hf_folder, folder)
+        return recipes.hf_config(self.hf_folder, self.nemo_model), folder
+
+
+def folder(args):
+    """The folder of a run."""
+    return Path("results", args.experiment)
+
+
+def record(run):
+    """What `start` wrote about a run when it began, or {}."""
+    # In a folder of its own: NeMo moves the files beside checkpoints/ away when a run goes on.
+    try:
+        return json.loads((run / "record" / "run.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+def hardware_problems(args):
+    """Fill in the accelerator, GPUs and sequence parallelism; check them and how the job is started."""
+    problems = preflight.fill_hardware(args)
+    problems += preflight.layout_problems(args) + preflight.execution_problems(args)
+    if args.sequence_parallel is None:
+        args.sequence_parallel = args.tensor_model_parallel_size > 1
+    return problems
+
+
+def weights(args, fallback):
+    """Where the weights come from: (Source, Model or None, problems).
+
+    `fallback` is what no --nemo_model at all means: "newest" pretraining checkpoint, or None for random weights.
+    """
+    run, problems, source = folder(args), [], Source(run=folder(args))
+    source.resume_from = checkpoints.latest(run)
+    if source.resume_from is None and any((run / "checkpoints").glob("*")):
+        problems.append(
+            f"--experiment {args.experiment}: {run}/checkpoints holds no complete checkpoint to go on "
+            "from; remove that folder, or choose another name"
+        )
+    newest = args.nemo_model == "" or (args.nemo_model is None and fallback == "newest")
+    if newest and not source.resume_from:
+        source.restore_from = checkpoints.newest_pretraining("results")
+        if source.restore_from is None:
+            problems.append(
+                "--nemo_model: results/ holds no complete pretraining checkpoint; run "
+                "pretraining/pretrain.py first, or name one: --nemo_model nemo_ckpt/NAME"
+            )
+        elif args.nemo_model is None or args.nemo_model == "":
+            print(f"--nemo_model not given: newest pretraining checkpoint is {source.restore_from}")
+    elif args.nemo_model:
+        source.restore_from = Path(args.nemo_model)
+        problems += preflight.checkpoint_problems("--nemo_model", source.restore_from)
+        if checkpoints.is_adapter(source.restore_from):
+            problems.append(
+                f"--nemo_model {source.restore_from} is a LoRA adapter; merge it first: python finetuning/merge_lora.py"
+            )
+        if source.resume_from:
+            began = record(run).get("restored_from")
+            if began and Path(began).resolve() != source.restore_from.resolve():
+                problems.append(
+                    f"--experiment {args.experiment} began from {began}, not from --nemo_model "
+                    f"{args.nemo_model}; choose another --experiment for another start"
+                )
+    elif not newest and not source.resume_from:
+        problems += _from_scratch(args, source)
+    if problems:
+        return source, None, problems
+    try:
+        checkpoint = source.resume_from or source.restore_from
+        if checkpoint is None and source.hf_folder is None:
+            return source, None, []
+        model = models.from_nemo(checkpoint) if checkpoint else models.from_hf(source.hf_folder)
+        source.nemo_model = model.family.nemo_model
+    except ValueError as error:
+        return source, None, [str(error)]
+    return source, model, _tokenizer_problems(args, source)
+
+
+def _from_scratch(args, source):
+    """Fill in the Hugging Face folder that gives a new model its shape and tokenizer; return the problems."""
+    if not args.hf_model_id:
+        return ["nothing says which model: give --nemo_model CHECKPOINT, or --hf_model_id FOLDER to start from scratch"]
+    source.hf_folder = models.hf_folder(args.hf_model_id)
+    if source.hf_folder is None and models.is_hub_id(args.hf_model_id) and args.dry_run is None:
+        source.hf_folder = download_assets(args.hf_model_id)
+    if source.hf_folder is None:
+        return [
+            f"--hf_model_id {args.hf_model_id} is not a folder, nor in the Hub's cache here; "
+            f"hf download {args.hf_model_id} --local-dir FOLDER, and name the folder"
+        ]
+    return []
+
+
+def download_assets(repo):
+    """Fetch a Hub model's configuration and tokenizer, not its weights; the folder, or None if that fails."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(repo, allow_patterns=checkpoints.ASSETS))
+    except Exception as error:  # the Hub's errors are many; each says what to do
+        terminal.warn(f"{repo}: {error}")
+        return None
+
+
+def _tokenizer_problems(args, source):
+    """--hf_model_id beside a checkpoint: its tokenizer must be the checkpoint's, which is the one used."""
+    checkpoint = source.resume_from or source.restore_from
+    named = models.hf_folder(args.hf_model_id) if args.hf_model_id and checkpoint else None
+    if named is None:
+        return []
+    own, other = models.tokenizer_folder(checkpoint) / "tokenizer.json", named / "tokenizer.json"
+    if own.is_file() and other.is_file() and json.loads(own.read_bytes()) != json.loads(other.read_bytes()):
+        return [f"--hf_model_id {args.hf_model_id} has another tokenizer than {checkpoint}; leave the flag out"]
+    return []
+
+
+def model_problems(args, model):
+    """Fill in the sequence length, and check what depends on the model's shape."""
+    args.seq_length = args.seq_length or (min(8192, model.max_position_embeddings) if model else 8192)
+    if model is None:
+        return preflight.sequence_problems(args)
+    if args.seq_length > model.max_position_embeddings:
+        terminal.warn(f"--seq_length {args.seq_length} is above the model's {model.max_position_embeddings} positions")
+    return preflight.model_problems(args, model) + preflight.sequence_problems(args)
+
+
+def schedule_problems(args):
+    """Fill in what follows from --lr and --max_steps: floor, warm-up, validation interval; and check them."""
+    if args.min_lr is None:
+        args.min_lr = args.lr / 10
+    if args.warmup_steps is None:
+        args.warmup_steps = schedule.warmup_steps(args.max_steps)
+    if args.val_check_interval is None:
+        args.val_check_interval = args.exit_interval or max(1, args.max_steps // 5)
+    problems = preflight.schedule_problems(args)
+    done = checkpoints.latest(folder(args))
+    if done and checkpoints.step(done) >= args.max_steps:
+        problems.append(
+            f"--max_steps {args.max_steps}: {done} has {checkpoints.step(done)} steps already; "
+            "raise --max_steps to train on, or choose another --experiment"
+        )
+    return problems
+
+
+def describe(args, model, source):
+    """Print what was derived for a training run."""
+    dp = preflight.data_parallel_size(args)
+    rate = [
+        schedule.learning_rate(step, args.lr, args.min_lr, args.warmup_steps, args.max_steps)
+        for step in (0, args.warmup_steps, args.max_steps // 2, args.max_steps - 1)
+    ]
+    terminal.describe(
+        "model",
+        [
+            ("weights", source),
+            (
+                "shape",
+                f"{model.family.architecture}, {terminal.number(model.parameters)} parameters, "
+                f"{model.num_hidden_layers} layers, hidden {model.hidden_size}, vocabulary {model.vocab_size}",
+            ),
+            ("recipe", model.recipe + (f", {args.peft}" if args.peft else "")),
+        ],
+    )
+    terminal.describe(
+        "layout",
+        [
+            (
+                "where",
+                f"{args.executor}, {args.num_nodes} x {args.num_gpus} "
+                + ("GPUs" if args.accelerator == "gpu" else "processes without a GPU (no-GPU mode)"),
+            ),
+            (
+                "parallel",
+                f"TP {args.tensor_model_parallel_size} x PP {args.pipeline_model_parallel_size} x "
+                f"CP {args.context_parallel_size} x DP {dp}"
+                + (", sequence parallel" if args.sequence_parallel else ""),
+            ),
+            ("precision", f"FP8 {args.fp8_recipe or 'delayed_scaling'}" if args.fp8 else args.precision),
+        ],
+    )
+    accumulation = args.global_batch_size // (args.micro_batch_size * dp)
+    terminal.describe(
+        "steps",
+        [
+            (
+                "tokens a step",
+                f"{args.global_batch_size * args.seq_length:,} = {args.global_batch_size} samples x "
+                f"{args.seq_length}; {accumulation} micro batches a GPU",
+            ),
+            ("steps", f"{args.max_steps}" + (f", stop at every {args.exit_interval}" if args.exit_interval else "")),
+            ("learning rate", "first {:.3g}, peak {:.3g}, half {:.3g}, last {:.3g}".format(*rate)),
+            (
+                "checkpoints",
+                f"{folder(args)}/checkpoints, after each validation, the best {args.save_top_k} and the last",
+            ),
+        ],
+    )
+
+
+def start(args, stage, source, build_recipe):
+    """Stop here for a dry run; else build the recipe, launch it, check what it left, and exit with its code."""
+    if args.dry_run == "plan":
+        return
+    began = time.monotonic()
+    from nemo_tutorial import compat, executors, recipes
+
+    try:
+        recipe = build_recipe()
+    except ValueError as error:
+        terminal.fail([str(error)])
+    if args.dry_run == "full":
+        print(recipes.as_text(recipe))
+        executors.launch_text(recipe, args, stage)
+        return
+    run = folder(args)
+    (run / "record").mkdir(parents=True, exist_ok=True)
+    history = record(run)
+    kept = {name: value for name, value in vars(args).items() if not name.endswith("_token")}
+    history = {
+        "stage": stage,
+        "restored_from": history.get("restored_from", str(source.restore_from) if source.restore_from else None),
+        "starts": [*history.get("starts", []), {"flags": kept, "versions": compat.versions()}],
+    }
+    partial = run / "record" / ".run.json.partial"
+    partial.write_text(json.dumps(history, indent=1, ensure_ascii=False), encoding="utf-8")
+    os.replace(partial, run / "record" / "run.json")
+    code, lines = executors.launch(recipe, args, stage)
+    last = checkpoints.latest(run)
+    if code == 0 and args.executor == "local":
+        code, lines = _check_end(args, source, last)
+    rows = [("result", {0: "done", 1: "failed", 130: "interrupted"}[code])]
+    rows += [("", line) for line in lines]
+    rows += [("last checkpoint", last or "none complete"), ("seconds", f"{time.monotonic() - began:.0f}")]
+    terminal.describe(f"{stage} in {run}", rows)
+    # Not sys.exit: threads of NeMo-Run and of the loggers may still wait for a job that is gone.
+    os._exit(code)
+
+
+def _check_end(args, source, last):
+    """The job says it succeeded: is the checkpoint of the step it had to reach there, and whole?"""
+    begun = checkpoints.step(source.resume_from) if source.resume_from else 0
+    target = args.max_steps
+    if args.exit_interval:
+        target = min(target, (begun // args.exit_interval + 1) * args.exit_interval)
+    reached = checkpoints.step(last) if last else 0
+    if reached < target:
+        return 1, [f"the job ended without an error, but the last complete checkpoint has {reached} of {target} steps"]
+    return 0, []

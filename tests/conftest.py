@@ -1,0 +1,232 @@
+"""Fixtures of all tests: fabricated inputs that are small, and whole as far as the standard library can tell."""
+
+import importlib.util
+import json
+import os
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "num_hidden_layers": 2,
+    "hidden_size": 128,
+    "intermediate_size": 384,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "vocab_size": 2048,
+    "max_position_embeddings": 131072,
+    "tie_word_embeddings": False,
+}
+LLAMA31_8B = {
+    **TINY,
+    "num_hidden_layers": 32,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 128256,
+}
+
+
+@pytest.fixture(scope="session")
+def root():
+    """The repository root."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def load_script():
+    """A script as a module: load_script("pretraining/pretrain.py").parse_args([...])."""
+    loaded = {}
+
+    def load(name):
+        if name not in loaded:
+            spec = importlib.util.spec_from_file_location(Path(name).stem + "_script", ROOT / name)
+            loaded[name] = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(loaded[name])
+        return loaded[name]
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    """config.json of a tiny Llama."""
+    return dict(TINY)
+
+
+@pytest.fixture(scope="session")
+def llama31_8b():
+    """The shape of Llama-3.1-8B, as in its config.json."""
+    return dict(LLAMA31_8B)
+
+
+@pytest.fixture(scope="session")
+def write_index():
+    """Write a Megatron dataset of documents with the given numbers of tokens: PREFIX.bin and PREFIX.idx."""
+
+    def write(prefix, lengths, dtype_code=8):
+        width = {8: 2, 4: 4}[dtype_code]  # uint16, int32
+        count, pointers, end = len(lengths), [], 0
+        for length in lengths:
+            pointers.append(end)
+            end += length * width
+        Path(prefix).parent.mkdir(parents=True, exist_ok=True)
+        Path(f"{prefix}.bin").write_bytes(bytes(end))
+        Path(f"{prefix}.idx").write_bytes(
+            b"MMIDIDX\x00\x00"
+            + struct.pack("<QBQQ", 1, dtype_code, count, count + 1)
+            + struct.pack(f"<{count}i", *lengths)
+            + struct.pack(f"<{count}q", *pointers)
+            + struct.pack(f"<{count + 1}q", *range(count + 1))
+        )
+        return str(prefix)
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def hf_folder():
+    """Make a Hugging Face folder: config.json (fields over the tiny one), a tokenizer.json, one small tensor."""
+
+    def make(path, **fields):
+        path = Path(path)
+        path.mkdir(parents=True)
+        (path / "config.json").write_text(json.dumps({**TINY, **fields}))
+        (path / "tokenizer.json").write_text(json.dumps({"version": "1.0", "model": {"type": "BPE", "vocab": {}}}))
+        header = json.dumps({"model.norm.weight": {"dtype": "BF16", "shape": [2], "data_offsets": [0, 4]}}).encode()
+        (path / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(4))
+        return path
+
+    return make
+
+
+def _fiddle_object(objects, path, module, name, leaves, references):
+    """Add a Config, as Fiddle writes it into io.json, to `objects`; return its key."""
+    config = {"type": "pyref", "module": "fiddle._src.config", "name": "Config"}
+    traverser = {"type": "pyref", "module": "fiddle._src.config", "name": "BuildableTraverserMetadata"}
+    number = len(objects)
+    objects[f"buildable_traverser_metadata_{number}"] = {
+        "type": traverser,
+        "items": [["Attr(name='fn_or_cls')", {"type": "pyref", "module": module, "name": name}]],
+        "metadata": traverser,
+    }
+    items = [
+        [f"Attr(name='{key}')", {"type": "leaf", "value": value, "paths": [f"{path}.{key}"]}]
+        for key, value in leaves.items()
+    ]
+    items += [[f"Attr(name='{key}')", {"type": "ref", "key": target}] for key, target in references.items()]
+    objects[f"{name.lower()}_{number}"] = {
+        "type": config,
+        "items": items,
+        "metadata": {"type": "ref", "key": f"buildable_traverser_metadata_{number}"},
+        "paths": [path],
+    }
+    return f"{name.lower()}_{number}"
+
+
+@pytest.fixture(scope="session")
+def nemo_checkpoint():
+    """Make the skeleton of a NeMo 2 checkpoint: all that is looked at before NeMo is imported.
+
+    `config` is a config.json's content; `stage` is import, pretraining or finetuning; `base` makes it an adapter.
+    A path that ends in "-last" is a link to one without, as NeMo has it.
+    """
+
+    def make(path, config=None, stage="import", base=None):
+        config, path = config or TINY, Path(path)
+        if path.name.endswith("-last"):
+            make(path.with_name(path.name.removesuffix("-last")), config, stage, base)
+            path.symlink_to(path.name.removesuffix("-last"))
+            return path
+        (path / "weights").mkdir(parents=True)
+        (path / "context" / "nemo_tokenizer").mkdir(parents=True)
+        (path / "context" / "nemo_tokenizer" / "config.json").write_text(json.dumps(config))
+        for name in (".metadata", "common.pt", "__0_0.distcp"):
+            (path / "weights" / name).write_bytes(b"\x00")
+        (path / "weights" / "metadata.json").write_text('{"sharded_backend": "torch_dist"}')
+        if base:
+            (path / "weights" / "adapter_metadata.json").write_text(json.dumps({"model_ckpt_path": str(base)}))
+        objects, llm = {}, "nemo.collections.llm.gpt"
+        fields = {
+            "num_layers": config["num_hidden_layers"],
+            "hidden_size": config["hidden_size"],
+            "ffn_hidden_size": config["intermediate_size"],
+            "num_attention_heads": config["num_attention_heads"],
+            "num_query_groups": config["num_key_value_heads"],
+            "kv_channels": config["head_dim"],
+            "vocab_size": config["vocab_size"],
+            "seq_length": config["max_position_embeddings"] if stage == "import" else 128,
+            "share_embeddings_and_output_weights": config["tie_word_embeddings"],
+        }
+        model = {
+            "config": _fiddle_object(objects, "<root>.model.config", f"{llm}.model.llama", "Llama31Config", fields, {}),
+            "tokenizer": _fiddle_object(
+                objects,
+                "<root>.model.tokenizer",
+                "nemo.collections.common.tokenizers.huggingface.auto_tokenizer",
+                "AutoTokenizer",
+                {"pretrained_model_name": "nemo_tokenizer"},
+                {},
+            ),
+        }
+        _fiddle_object(objects, "<root>.model", f"{llm}.model.llama", "LlamaModel", {}, model)
+        data = {"pretraining": "PreTrainingDataModule", "finetuning": "FineTuningDataModule"}.get(stage)
+        if data:
+            _fiddle_object(objects, "<root>.extra['datamodule']", f"{llm}.data", data, {"seq_length": 128}, {})
+        (path / "context" / "io.json").write_text(json.dumps({"objects": objects, "version": "0.0.1"}))
+        return path
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def write_rows():
+    """Write instruction data: a folder with training.jsonl and validation.jsonl of that many rows."""
+
+    def write(folder, training, validation):
+        Path(folder).mkdir(parents=True)
+        row = json.dumps({"input": "台灣最高的山是？", "output": "玉山。"}, ensure_ascii=False) + "\n"
+        (Path(folder) / "training.jsonl").write_text(row * training, encoding="utf-8")
+        (Path(folder) / "validation.jsonl").write_text(row * validation, encoding="utf-8")
+        return Path(folder)
+
+    return write
+
+
+def script(folder, name, *flags, check=True, **env):
+    """Run a script of the repository in `folder` as a user does; returns the CompletedProcess (text)."""
+    command = [sys.executable, str(ROOT / name), *map(str, flags)]
+    result = subprocess.run(command, cwd=folder, env=os.environ | env, capture_output=True, text=True, timeout=600)
+    if check and result.returncode:
+        said = f"{result.stdout[-6000:]}\n{result.stderr[-3000:]}"
+        raise AssertionError(f"{name} exited with {result.returncode}\n{said}")
+    return result
+
+
+@pytest.fixture(scope="session")
+def stages(tmp_path_factory):
+    """hf_model/tiny, nemo_ckpt/tiny and data/pre (the sample, tokenized), made by the scripts, once for all tests."""
+    folder = tmp_path_factory.mktemp("stages")
+    script(folder, "data/make_tiny_model.py", "--output_path", "hf_model/tiny")
+    sample = ["--input", ROOT / "data/sample/corpus.jsonl", "--tokenizer_type", "hf_model/tiny"]
+    script(
+        folder, "data/preprocess_data_for_megatron.py", *sample, "--output_prefix", "data/pre/sample", "--append_eod"
+    )
+    script(
+        folder,
+        "convert_ckpt/convert_from_hf_to_nemo.py",
+        "--source",
+        "hf_model/tiny",
+        "--output_path",
+        "nemo_ckpt/tiny",
+    )
+    return folder

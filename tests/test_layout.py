@@ -1,0 +1,81 @@
+"""The shape of the repository: what may import what, and what every script has in common."""
+
+import ast
+import sys
+
+import pytest
+from conftest import ROOT
+
+STDLIB_ONLY = (
+    "arguments",
+    "checkpoints",
+    "megatron_data",
+    "models",
+    "preflight",
+    "prompts",
+    "runs",
+    "schedule",
+    "terminal",
+)
+BOOTSTRAP = """\
+# Nothing is installed: make the repository root importable, wherever the script is started from.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+"""
+FOLDERS = ("convert_ckpt", "data", "pretraining", "finetuning")
+SCRIPTS = sorted(path for folder in FOLDERS for path in (ROOT / folder).glob("*.py"))
+MODULES = sorted((ROOT / "nemo_tutorial").glob("*.py"))
+
+
+def imports(path, everywhere):
+    """Dotted names that a file imports, at its top level or `everywhere`; from a import b gives a.b."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    nodes = list(ast.walk(tree) if everywhere else tree.body)
+    names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    for node in nodes:
+        if isinstance(node, ast.ImportFrom):
+            names += [f"{node.module or ''}.{alias.name}" for alias in node.names]
+    return names
+
+
+def test_there_are_scripts_and_modules():
+    assert len(SCRIPTS) >= 8 and len(MODULES) >= 13
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+def test_script_has_the_common_shape(path):
+    text = path.read_text(encoding="utf-8")
+    assert BOOTSTRAP in text
+    assert text.count("sys.path") == 1
+    tree = ast.parse(text)
+    assert f"python {path.relative_to(ROOT)}" in ast.get_docstring(tree), "the docstring names the real command"
+    functions = [node.name for node in tree.body if isinstance(node, ast.FunctionDef)]
+    assert functions[0] == "parse_args" and functions[-1] == "main"
+    assert text.endswith('\n\nif __name__ == "__main__":\n    main()\n')
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+def test_script_is_light_before_its_arguments_are_known(path):
+    for name in imports(path, everywhere=False):
+        parts = name.split(".")
+        light = parts[0] in sys.stdlib_module_names or (parts[0] == "nemo_tutorial" and parts[1] in STDLIB_ONLY)
+        assert light, f"{path.name} imports {name} at its top"
+
+
+@pytest.mark.parametrize("name", STDLIB_ONLY)
+def test_module_is_light(name):
+    for imported in imports(ROOT / "nemo_tutorial" / f"{name}.py", everywhere=False):
+        parts = imported.split(".")
+        light = parts[0] in sys.stdlib_module_names or (parts[0] == "nemo_tutorial" and parts[1] in STDLIB_ONLY)
+        assert light, f"{name} imports {imported} at its top"
+
+
+@pytest.mark.parametrize("path", [*SCRIPTS, *MODULES], ids=lambda path: path.name)
+def test_nothing_imports_a_script(path):
+    scripts = {script.stem for script in SCRIPTS} | set(FOLDERS)
+    for name in imports(path, everywhere=True):
+        assert name.split(".")[0] not in scripts, f"{path.name} imports {name}"
+
+
+def test_only_nemo_tutorial_is_a_package():
+    found = [path for path in ROOT.glob("*/__init__.py")] + [path for path in ROOT.glob("*/*/__init__.py")]
+    assert [str(path.relative_to(ROOT)) for path in found if path.parts[-2][0] != "."] == ["nemo_tutorial/__init__.py"]

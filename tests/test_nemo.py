@@ -1,0 +1,255 @@
+"""The stages through the real NeMo on the CPU: conversion, training, layouts, resume, faults."""
+
+import json
+import math
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, script
+
+from nemo_tutorial import checkpoints
+
+pytestmark = pytest.mark.nemo
+TRAIN = (
+    "--nemo_model",
+    "nemo_ckpt/tiny",
+    "--dataset_path",
+    "data/pre",
+    "--split",
+    "90,10,0",
+    "--seq_length",
+    128,
+    "--global_batch_size",
+    8,
+    "--micro_batch_size",
+    4,
+    "--lr",
+    "6e-3",
+    "--num_workers",
+    0,
+)
+
+
+def pretrain(folder, name, *flags, **kwargs):
+    return script(folder, "pretraining/pretrain.py", "--experiment", name, *TRAIN, *flags, **kwargs)
+
+
+def metrics(folder, name):
+    lines = (folder / "results" / name / "record" / "metrics.jsonl").read_text().splitlines()
+    return {line["step"]: line for line in map(json.loads, lines) if "loss" in line}
+
+
+@pytest.fixture(scope="session")
+def one_process(stages):
+    """Ten steps in fp32 on one process, without a stop."""
+    pretrain(stages, "one", "--max_steps", 10, "--val_check_interval", 5, "--precision", "fp32")
+    return metrics(stages, "one")
+
+
+def test_import_then_export_gives_the_same_model(stages, tmp_path):
+    """Bit-equal tensors, equal config and tokenizer files, with the source folder gone; a changed weight shows."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from nemo_tutorial import conversion
+
+    source = tmp_path / "source"
+    shutil.copytree(stages / "hf_model/tiny", source)
+    hidden = stages / "hf_model/hidden"
+    (stages / "hf_model/tiny").rename(hidden)
+    try:
+        script(
+            stages,
+            "convert_ckpt/convert_from_nemo_to_hf.py",
+            "--source",
+            "nemo_ckpt/tiny",
+            "--output_path",
+            tmp_path / "export",
+        )
+    finally:
+        hidden.rename(stages / "hf_model/tiny")
+    compared, different = conversion.compare(source, tmp_path / "export")
+    assert compared == len(conversion.tensors(source)) == 21 and different == []
+    for file in checkpoints.ASSETS:
+        if (source / file).is_file():
+            assert (tmp_path / "export" / file).read_bytes() == (source / file).read_bytes(), file
+
+    # NeMo's own forward pass gives the logits of transformers'.
+    from nemo.lightning import io
+
+    checkpoint = stages / "nemo_ckpt/tiny"
+    nemo, _ = conversion.exporter(checkpoint).nemo_load(checkpoint)
+    tokens = torch.randint(0, 2000, (2, 48), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones(48, 48).tril().logical_not()[None, None]
+    with torch.no_grad():
+        ours = nemo.eval()(tokens, torch.arange(48)[None].expand(2, -1), attention_mask=mask).float()
+        theirs = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)(tokens).logits.float()
+    assert theirs.std() > 0.05
+    assert (ours - theirs).abs().max() < 0.05 * theirs.std()
+    assert io.load_context(checkpoint / "context", subpath="model.config").num_layers == 2
+
+    # One weight changed in the NeMo checkpoint changes that one tensor of the export.
+    changed = tmp_path / "changed"
+    shutil.copytree(checkpoint, changed)
+    norm = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16).model.norm.weight.detach()
+    assert not (norm == 1).all()  # so a norm left at its initial value would have been seen above
+    old, new = (weight.view(torch.uint8).numpy().tobytes() for weight in (norm, torch.cat([norm[:1] + 1, norm[1:]])))
+    found = [file for file in (changed / "weights").glob("*.distcp") if old in file.read_bytes()]
+    assert len(found) == 1
+    found[0].write_bytes(found[0].read_bytes().replace(old, new))
+    conversion.export_weights(changed, tmp_path / "changed_hf")
+    _, different = conversion.compare(source, tmp_path / "changed_hf")
+    assert different == [("model.norm.weight", "other values")]
+
+
+@pytest.mark.parametrize(
+    "name, flags, parameters",
+    [
+        ("dp2", ["--num_gpus", 2], [918144, 918144]),
+        ("tp2", ["--num_gpus", 2, "-T", 2, "--no_sequence_parallel"], [459392, 459392]),
+        ("tp2sp", ["--num_gpus", 2, "-T", 2], [459392, 459392]),
+        ("pp2", ["--num_gpus", 2, "-P", 2], [459008, 459136]),
+    ],
+)
+def test_layouts_agree(stages, one_process, name, flags, parameters):
+    """Losses of ten steps within 1e-3 of one process, falling by a tenth; the ranks hold their parts."""
+    pretrain(stages, name, "--max_steps", 10, "--val_check_interval", 10, "--precision", "fp32", *flags)
+    losses = metrics(stages, name)
+    assert sorted(losses) == list(range(1, 11))
+    for step, line in losses.items():
+        assert abs(line["loss"] - one_process[step]["loss"]) < 1e-3, (step, line, one_process[step])
+    assert losses[10]["loss"] < 0.9 * losses[1]["loss"]
+    log = next((stages / "experiments" / name).rglob("combined.log")).read_text()
+    found = dict(re.findall(r"rank (\d) holds ([\d,]+) parameters", log))
+    assert [int(found[rank].replace(",", "")) for rank in sorted(found)] == parameters
+
+
+def test_resume_is_exact(stages, one_process):
+    """Stopped at step 5 and run again: the next steps have the losses and learning rates of the unbroken run."""
+    flags = ("--max_steps", 10, "--exit_interval", 5, "--precision", "fp32")
+    pretrain(stages, "stopped", *flags)
+    assert sorted(metrics(stages, "stopped")) == [1, 2, 3, 4, 5]
+    output = pretrain(stages, "stopped", *flags).stdout
+    assert "goes on from step 5" in output
+    losses = metrics(stages, "stopped")
+    for step in range(1, 11):
+        for value in ("loss", "learning_rate"):
+            assert losses[step][value] == pytest.approx(one_process[step][value], abs=1e-6), (step, value)
+    kept = [path for path in (stages / "results/stopped/checkpoints").iterdir() if not path.is_symlink()]
+    assert len(kept) <= 2
+
+
+def test_from_scratch_and_the_real_schedule(stages):
+    """Without --nemo_model: random weights (loss near ln of the vocabulary); the learning rate is as announced."""
+    from nemo_tutorial import schedule
+
+    output = script(
+        stages,
+        "pretraining/pretrain.py",
+        "--experiment",
+        "scratch",
+        "--hf_model_id",
+        "hf_model/tiny",
+        *TRAIN[2:],
+        "--max_steps",
+        4,
+        "--warmup_steps",
+        1,
+    ).stdout
+    assert "random, shape of hf_model/tiny" in output
+    lines = metrics(stages, "scratch")
+    assert lines[1]["loss"] == pytest.approx(math.log(2048), abs=0.3)
+    for step in range(1, 5):
+        rate = schedule.learning_rate(step - 1, 6e-3, 6e-4, 1, 4)
+        assert lines[step]["learning_rate"] == pytest.approx(rate, rel=1e-4)
+    last = checkpoints.latest(stages / "results/scratch")
+    names = sorted(path.name for path in (last / "context/nemo_tokenizer").iterdir())
+    assert "tokenizer.json" in names and not [name for name in names if name.endswith(".safetensors")]
+
+
+def test_full_disk_keeps_the_previous_checkpoint(stages):
+    """No file may grow above a few kB: the checkpoint can't be written; exit 1, the one before whole, and named."""
+    pretrain(stages, "full", "--max_steps", 4, "--exit_interval", 2)
+    before = checkpoints.latest(stages / "results/full")
+    content = {file: file.read_bytes() for file in before.rglob("*") if file.is_file()}
+    command = [
+        sys.executable,
+        str(ROOT / "pretraining/pretrain.py"),
+        "--experiment",
+        "full",
+        *map(str, TRAIN),
+        "--max_steps",
+        "4",
+        "--exit_interval",
+        "2",
+    ]
+    limited = ["bash", "-c", 'ulimit -f 1500; exec "$@"', "limited", *command]  # 1.5 MB: logs fit, weights do not
+    result = subprocess.run(limited, cwd=stages, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 1, result.stdout[-3000:]
+    assert before.name in result.stdout
+    assert checkpoints.latest(stages / "results/full").resolve() == before.resolve()
+    assert {file: file.read_bytes() for file in content} == content
+
+
+def _ranks(folder):
+    """Process ids whose command line runs NeMo-Run's worker for a job in `folder`."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            line = (entry / "cmdline").read_bytes().decode(errors="replace")
+        except OSError:
+            continue
+        if "fdl_runner" in line and str(folder) in line:
+            found.append((int(entry.name), line))
+    return found
+
+
+def _start(stages, name):
+    command = [
+        sys.executable,
+        str(ROOT / "pretraining/pretrain.py"),
+        "--experiment",
+        name,
+        *map(str, TRAIN),
+        "--max_steps",
+        "5000",
+        "--val_check_interval",
+        "5000",
+    ]
+    with open(stages / f"{name}.log", "wb") as log:
+        process = subprocess.Popen(command, cwd=stages, stdout=log, stderr=subprocess.STDOUT)
+    deadline = time.monotonic() + 300
+    while not (stages / f"results/{name}/record/metrics.jsonl").exists():
+        assert process.poll() is None and time.monotonic() < deadline, (stages / f"{name}.log").read_text()[-3000:]
+        time.sleep(1)
+    return process
+
+
+def test_a_dying_rank_fails_the_run(stages):
+    """SIGKILL to the rank: exit 1 and the path of the log."""
+    process = _start(stages, "dying")
+    workers = [pid for pid, line in _ranks(stages) if "torchrun" not in line and "torch.distributed" not in line]
+    assert workers
+    for pid in workers:
+        subprocess.run(["kill", "-KILL", str(pid)])
+    assert process.wait(timeout=120) == 1
+    output = (stages / "dying.log").read_text()
+    assert "failed" in output and "combined.log" in output
+
+
+def test_ctrl_c_ends_the_job(stages):
+    """SIGINT to the launcher: exit 130, and no rank is left."""
+    process = _start(stages, "interrupted")
+    assert _ranks(stages)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=120) == 130
+    deadline = time.monotonic() + 30
+    while _ranks(stages) and time.monotonic() < deadline:
+        time.sleep(1)
+    assert _ranks(stages) == []
