@@ -77,17 +77,19 @@ def launch(recipe, args, name):
     """
     executor = {"local": local, "slurm": slurm}[args.executor](args)
     detach = args.executor == "slurm"
-    # Python leaves Ctrl-C ignored where the shell that started it did (`script &`); SIGTERM ends a job in the same way.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.default_int_handler)
+    interrupted = []
+    if not detach:
+        # A handler and no KeyboardInterrupt: NeMo-Run waits for the job while the `with` below is left, in a thread
+        # pool that an exception would wait for too. Once the ranks are gone that wait ends by itself. Set by hand,
+        # because Python leaves Ctrl-C ignored where the shell did (`script &`).
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda number, frame: (interrupted.append(number), end_ranks()))
     with run.Experiment(args.experiment, base_dir=str(Path.cwd()), skip_status_at_exit=True) as experiment:
         experiment.add(recipe, executor=executor, name=name)
-        try:
-            experiment.run(detach=detach, tail_logs=not detach, sequential=not detach)
-        except KeyboardInterrupt:
-            end_ranks()  # before the experiment is left, which waits for its job
-            return 130, ["interrupted; the same command goes on from the last checkpoint"]
+        experiment.run(detach=detach, tail_logs=not detach, sequential=not detach)
         job = experiment.jobs[0]
+    if interrupted:
+        return 130, ["interrupted; the same command goes on from the last checkpoint"]
     folder = Path(job.executor.job_dir)
     if detach:
         number = job.handle.rsplit("/", 1)[-1] if job.handle else None
