@@ -86,14 +86,13 @@ def call(script, argv, cwd=ROOT):
     return done, time.perf_counter() - began
 
 
-def quick(script, argv, cwd=ROOT):
-    """Run a script, up to three times until it is quick (the machine is shared), and check that it is."""
-    seconds = []
-    while len(seconds) < 3 and min(seconds, default=SECONDS + 1) > SECONDS:
+def quick(script, argv, cwd=ROOT, tries=10):
+    """Run a script until it is quick (other work on the machine slows a try), and check that it is."""
+    for _ in range(tries):
         done, took = call(script, argv, cwd)
-        seconds.append(took)
-    assert min(seconds) <= SECONDS, f"{script} {' '.join(argv)} took {min(seconds):.2f} s"
-    return done
+        if took <= SECONDS:
+            return done
+    raise AssertionError(f"{script} {' '.join(argv)} took {took:.2f} s, {tries} times more than {SECONDS}")
 
 
 def parser_of(module):
@@ -273,3 +272,30 @@ def test_token_leaves_the_command_line(argv, load_script, monkeypatch, capsys):
     assert (os.environ["HF_TOKEN"], os.environ["WANDB_API_KEY"]) == ("hf_secret", "w_secret")
     error = capsys.readouterr().err
     assert "export HF_TOKEN=" in error and "export WANDB_API_KEY=" in error and "secret" not in error
+
+
+def test_token_is_in_no_process_list(tmp_path):
+    """A real process: the token is gone from the command line that everyone can read, and is in the environment."""
+    file = tmp_path / "asks_itself.py"
+    file.write_text(
+        "import os\n"
+        "from nemo_tutorial import arguments\n"
+        "parser = arguments.Parser('')\n"
+        "arguments.add_model(parser)\n"
+        "args = parser.parse_args()\n"
+        "command = open('/proc/self/cmdline').read().split(chr(0))\n"
+        "print(command, os.environ['HF_TOKEN'], args.hf_token, args.model_size)\n"
+    )
+    command = [sys.executable, file, "--hf_token", "hf_canary", "--model_size", "8B"]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr
+    line = f"[{sys.executable!r}, {str(file)!r}, '--model_size', '8B', ''] hf_canary None 8B"
+    assert done.stdout.strip() == line
+
+
+@training_scripts
+def test_bare_nemo_model(script, load_script):
+    """The tutorial's `NEMO_MODEL= # [Optional]` leaves the flag without a value."""
+    args = load_script(script).parse_args(["--nemo_model", "--max_steps", "5", "-D", "x"])
+    assert args.nemo_model == ""
+    assert load_script(script).parse_args(["-D", "x"]).nemo_model is None

@@ -1,6 +1,9 @@
 """The shape of the repository: what may import what, and what every script has in common."""
 
 import ast
+import json
+import re
+import subprocess
 import sys
 
 import pytest
@@ -79,3 +82,26 @@ def test_nothing_imports_a_script(path):
 def test_only_nemo_tutorial_is_a_package():
     found = [path for path in ROOT.glob("*/__init__.py")] + [path for path in ROOT.glob("*/*/__init__.py")]
     assert [str(path.relative_to(ROOT)) for path in found if path.parts[-2][0] != "."] == ["nemo_tutorial/__init__.py"]
+
+
+@pytest.mark.parametrize(
+    "name, asked, answer",
+    [("corpus", ("text",), "text"), ("instructions", ("instruction", "input"), "output")],
+)
+def test_sample(name, asked, answer):
+    """Enough of it, no row twice, both languages, and every row ends."""
+    rows = [json.loads(line) for line in (ROOT / f"data/sample/{name}.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert len(rows) >= 200
+    assert len({tuple(row[key] for key in asked) for row in rows}) == len(rows)
+    assert all(row[key].strip() for row in rows for key in (asked[0], answer))
+    chinese = sum(bool(re.search(r"[\u4e00-\u9fff]", row[asked[0]])) for row in rows)
+    assert 0.3 < chinese / len(rows) < 0.7
+
+
+def test_no_path_of_a_developers_machine():
+    listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
+    files = [ROOT / name for name in listed.stdout.split("\n") if name and (ROOT / name).is_file()]
+    assert len(files) > 30
+    home = re.compile(rb"(?<![\w.])/(work|home/\w+|root|Users/\w+)/")
+    for file in files:
+        assert not home.search(file.read_bytes()), file
