@@ -6,7 +6,8 @@ cd "$root"
 marks="not full"
 if [ "${1:-}" = --full ]; then
     shift
-    marks=""
+    marks="full or not full"
 fi
+command -v nvidia-smi >/dev/null || marks="($marks) and not gpu"
 "$PYTHON" -m ruff --version >/dev/null 2>&1 && "$PYTHON" -m ruff check .
 exec "$PYTHON" -m pytest -m "$marks" "$@"

@@ -4,7 +4,7 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 has_nemo() {
     "$1" - 2>/dev/null <<'PY'
 import importlib.util as u, sys
-sys.exit(not all(u.find_spec(name) for name in ("nemo", "megatron", "nemo_run", "torch", "pytest")))
+sys.exit(not all(u.find_spec(name) for name in ("nemo", "megatron", "nemo_run", "torch")))
 PY
 }
 

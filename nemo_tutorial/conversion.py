@@ -4,6 +4,9 @@ Corrected: the tokenizer's files and config.json are carried through the checkpo
 own, with other fields, by way of a folder in /tmp that all users share); outputs are compared before they count.
 """
 
+import nemo_tutorial.cpu  # noqa: F401  (before NeMo: without a GPU, conversion needs the no-GPU mode)
+
+# isort: split
 import json
 import shutil
 import tempfile
@@ -14,7 +17,6 @@ from nemo.collections import llm
 from nemo.lightning import io
 from safetensors import safe_open
 
-import nemo_tutorial.cpu  # noqa: F401  (without a GPU, conversion needs the no-GPU mode)
 from nemo_tutorial import checkpoints, models
 
 

@@ -1,7 +1,8 @@
 """The no-GPU mode: the real NeMo and Megatron-Core on a CPU, with gloo between processes.
 
 Importing this module patches torch, Megatron-Core and NeMo in this process; where CUDA is available it does nothing
-at all. It reaches the ranks because a recipe for the CPU names `pretrain` or `finetune` below: a rank imports them.
+at all. It reaches the ranks because a recipe for the CPU names `pretrain` or `finetune` below, which a rank imports.
+It imports NeMo before, so the folder no_gpu, in the ranks' path, hides what it must not find in the NeMo container.
 It serves learning, tests, and checking a run before renting GPUs; it says nothing about speed. What a CPU run
 can't show: Transformer Engine's kernels, NCCL, context parallelism, FP8, packed sequences.
 
@@ -12,6 +13,7 @@ Made for NeMo 2.7.3 and Megatron-Core 0.15.3; each patch says what breaks withou
 import contextlib
 import functools
 import multiprocessing
+import sys
 import types
 
 import torch
@@ -274,6 +276,9 @@ def _patch_nemo():
 
 
 if not torch.cuda.is_available():
+    # In the NeMo container, on a machine without a GPU, Megatron would take these layers: they run on GPUs only.
+    for name in ("transformer_engine", "apex"):
+        sys.modules.setdefault(name, None)
     _patch_torch()
     _patch_megatron()
     _patch_nemo()

@@ -20,8 +20,10 @@ SECRETS = ("HF_TOKEN", "WANDB_API_KEY")  # never written anywhere: ranks inherit
 
 def environment(args):
     """Environment variables for the ranks, none of them secret."""
-    python_path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    values = {"PYTHONPATH": python_path, "TOKENIZERS_PARALLELISM": "false"}
+    path = [str(ROOT), os.environ.get("PYTHONPATH")]
+    if args.accelerator == "cpu":
+        path.insert(0, str(ROOT / "nemo_tutorial" / "no_gpu"))
+    values = {"PYTHONPATH": os.pathsep.join(filter(None, path)), "TOKENIZERS_PARALLELISM": "false"}
     if args.accelerator == "gpu":
         values |= {"TORCH_NCCL_AVOID_RECORD_STREAMS": "1", "NCCL_NVLS_ENABLE": "0"}
     if args.accelerator == "gpu" and args.tensor_model_parallel_size > 1:

@@ -1,0 +1,105 @@
+"""On a GPU with Transformer Engine: what the no-GPU mode writes is what a GPU machine writes, and can go on from."""
+
+import json
+import re
+
+import pytest
+from conftest import script
+
+from nemo_tutorial import checkpoints
+
+pytestmark = [pytest.mark.nemo, pytest.mark.gpu]
+NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
+TRAIN = "--nemo_model nemo_ckpt/tiny --dataset_path data/pre --split 90,10,0 --seq_length 128 --global_batch_size 8"
+TRAIN = [*TRAIN.split(), *"--micro_batch_size 4 --lr 6e-3 --max_steps 10 --val_check_interval 10".split()]
+
+
+def contents(checkpoint):
+    """{name: tensor} of a NeMo checkpoint: every tensor entry of its distributed checkpoint."""
+    import torch
+    from torch.distributed.checkpoint import FileSystemReader, load
+
+    entries = FileSystemReader(checkpoint / "weights").read_metadata().state_dict_metadata
+    tensors = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in entries.items()
+        if hasattr(entry, "size")
+    }
+    load(tensors, storage_reader=FileSystemReader(checkpoint / "weights"), no_dist=True)
+    return tensors
+
+
+def losses(folder, name):
+    lines = (folder / "results" / name / "record" / "metrics.jsonl").read_text().splitlines()
+    return [line["loss"] for line in map(json.loads, lines) if "loss" in line]
+
+
+@pytest.fixture(scope="session")
+def pretrained(stages):
+    """Ten steps on the GPU, and ten in the no-GPU mode."""
+    script(stages, "pretraining/pretrain.py", "--experiment", "gpu", *TRAIN)
+    script(stages, "pretraining/pretrain.py", "--experiment", "no_gpu", *TRAIN, **NO_GPU)
+    return [checkpoints.latest(stages / "results" / name).resolve() for name in ("gpu", "no_gpu")]
+
+
+def test_an_import_has_the_same_tensors(stages):
+    """Names, shapes, dtypes and bits, the norms' names included."""
+    flags = ["--source", "hf_model/tiny", "--output_path", "nemo_ckpt/no_gpu"]
+    script(stages, "convert_ckpt/convert_from_hf_to_nemo.py", *flags, **NO_GPU)
+    ours, theirs = contents(stages / "nemo_ckpt/no_gpu"), contents(stages / "nemo_ckpt/tiny")
+    assert ours.keys() == theirs.keys() and any("layer_norm_weight" in name for name in theirs)
+    for name, tensor in theirs.items():
+        assert ours[name].dtype == tensor.dtype and ours[name].equal(tensor), name
+
+
+def test_a_trained_checkpoint_has_the_same_tensors(pretrained):
+    """Names, shapes and dtypes of weights and optimizer state; the values as near as bf16 kernels are."""
+    theirs, ours = map(contents, pretrained)
+    assert {name: (tensor.shape, tensor.dtype) for name, tensor in ours.items()} == {
+        name: (tensor.shape, tensor.dtype) for name, tensor in theirs.items()
+    }
+
+
+def test_losses_are_near(stages, pretrained):
+    theirs, ours = losses(stages, "gpu"), losses(stages, "no_gpu")
+    assert len(theirs) == len(ours) == 10 and theirs[-1] < 0.9 * theirs[0]
+    assert max(abs(a - b) for a, b in zip(theirs, ours)) < 0.05, (theirs, ours)
+
+
+def test_each_exports_and_goes_on_from_the_others_checkpoint(stages, pretrained):
+    """The GPU's checkpoint is exported alike with and without a GPU, and resumed without one; and the other way."""
+    from nemo_tutorial import conversion
+
+    for name, env in (("a", {}), ("b", NO_GPU)):
+        flags = ["--source", pretrained[0], "--output_path", f"hf_{name}"]
+        script(stages, "convert_ckpt/convert_from_nemo_to_hf.py", *flags, **env)
+    assert conversion.compare(stages / "hf_a", stages / "hf_b") == (21, [])
+    more = [*TRAIN[:-3], 12, "--val_check_interval", 1]
+    for name, env in (("gpu", NO_GPU), ("no_gpu", {})):
+        output = script(stages, "pretraining/pretrain.py", "--experiment", name, *more, **env).stdout
+        assert "goes on from step 10" in output
+        assert len(losses(stages, name)) == 12 and losses(stages, name)[-1] < losses(stages, name)[0] * 0.9
+
+
+def test_fp8(stages):
+    """FP8 in both recipes that an H100 has: the losses of bf16, nearly."""
+    for recipe in ("delayed_scaling", "current_scaling"):
+        flags = ["--experiment", recipe, *TRAIN, "--fp8", "--fp8_recipe", recipe]
+        script(stages, "pretraining/pretrain.py", *flags)
+        assert losses(stages, recipe)[-1] < 0.9 * losses(stages, recipe)[0]
+
+
+@pytest.mark.parametrize("peft", [[], ["--peft", "lora"]])
+def test_packed_fine_tuning(stages, peft):
+    """Packing is on: a step of packed samples trains on more rows than samples."""
+    rows = [{"input": f"{number} + 1 = ?", "output": str(number + 1)} for number in range(200)]
+    (stages / "pairs").mkdir(exist_ok=True)
+    for name in ("training", "validation"):
+        (stages / "pairs" / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    name = "packed_lora" if peft else "packed"
+    flags = "--nemo_model nemo_ckpt/tiny --dataset_path pairs --seq_length 512 --packed_sequence_size 512"
+    flags = [*flags.split(), *"--global_batch_size 2 --max_steps 10 --lr 3e-3".split(), *peft]
+    script(stages, "finetuning/finetune.py", "--experiment", name, *flags)
+    assert losses(stages, name)[-1] < losses(stages, name)[0]
+    log = next((stages / "experiments" / name).rglob("combined.log")).read_text()
+    assert re.search(r"[Pp]ack", log), "NeMo packed the rows"
