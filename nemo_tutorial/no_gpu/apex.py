@@ -1,3 +1,3 @@
 """First in the path of the no-GPU mode's ranks: Apex's norms run on GPUs only, so it is not there."""
 
-raise ImportError("hidden by the no-GPU mode")
+raise ModuleNotFoundError("hidden by the no-GPU mode")
