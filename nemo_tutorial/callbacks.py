@@ -30,6 +30,10 @@ class Metrics(Callback):
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
 
+    def on_fit_start(self, trainer, pl_module):
+        # The validation loss before the first step, to compare with. Here, because with PP NeMo has set it to 0.
+        trainer.num_sanity_val_steps = trainer.limit_val_batches
+
     def on_train_start(self, trainer, pl_module):
         # NeMo says it of rank 0 alone; the split of the model shows on the others.
         count = sum(parameter.numel() for parameter in pl_module.parameters())

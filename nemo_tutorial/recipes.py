@@ -103,7 +103,6 @@ def set_training(recipe, args):
     trainer.val_check_interval = args.val_check_interval
     trainer.limit_val_batches = args.limit_val_batches
     trainer.limit_test_batches = 0  # nothing is tested here; NeMo would build a test set all the same
-    trainer.num_sanity_val_steps = args.limit_val_batches  # the loss before training, to compare with
     trainer.log_every_n_steps = 1
     optim.config.lr = args.lr
     # The recipe's own are for a million steps: never out of warm-up, or an error as min_lr is above lr.
