@@ -16,6 +16,7 @@ from conftest import ROOT, script
 from nemo_tutorial import checkpoints
 
 pytestmark = pytest.mark.nemo
+CANARY = "hf_canary9d41b2"
 TRAIN = (
     "--nemo_model",
     "nemo_ckpt/tiny",
@@ -47,8 +48,9 @@ def metrics(folder, name):
 
 @pytest.fixture(scope="session")
 def one_process(stages):
-    """Ten steps in fp32 on one process, without a stop."""
-    pretrain(stages, "one", "--max_steps", 10, "--val_check_interval", 5, "--precision", "fp32")
+    """Ten steps in fp32 on one process, without a stop, with tokens in the environment."""
+    secrets = {"HF_TOKEN": CANARY, "WANDB_API_KEY": CANARY}
+    pretrain(stages, "one", "--max_steps", 10, "--val_check_interval", 5, "--precision", "fp32", **secrets)
     return metrics(stages, "one")
 
 
@@ -128,6 +130,17 @@ def test_layouts_agree(stages, one_process, name, flags, parameters):
     log = next((stages / "experiments" / name).rglob("combined.log")).read_text()
     found = dict(re.findall(r"rank (\d) holds ([\d,]+) parameters", log))
     assert [int(found[rank].replace(",", "")) for rank in sorted(found)] == parameters
+
+
+def test_no_token_in_any_file(stages, one_process):
+    """Neither as it is nor in base64: in no log, recipe, checkpoint or record of a local run."""
+    import base64
+
+    spellings = [CANARY.encode(), *(base64.b64encode(bytes(shift) + CANARY.encode())[4:-4] for shift in range(3))]
+    files = [file for folder in ("results/one", "experiments/one") for file in (stages / folder).rglob("*")]
+    assert any("combined.log" in file.name for file in files)
+    for file in files:
+        assert file.is_dir() or not any(spelling in file.read_bytes() for spelling in spellings), file
 
 
 def test_resume_is_exact(stages, one_process):
