@@ -6,7 +6,7 @@ From the repository root:
         --source "results/llama31_finetuning/checkpoints/NAME-last" --output_path hf_ckpt
 
 The tokenizer's files and config.json are those of the model that was imported. A LoRA checkpoint is merged
-first, by finetuning/merge_lora.py. No GPU is needed; the memory needed is about twice the model's size.
+first, by finetuning/merge_lora.py. No GPU is needed, and memory for the largest tensor only.
 """
 
 import sys
@@ -21,36 +21,41 @@ from nemo_tutorial import arguments, checkpoints, models, preflight, terminal
 
 def parse_args(argv=None):
     parser = arguments.Parser(__doc__)
-    parser.add_argument("--source", required=True, help="NeMo 2 checkpoint: a folder with weights/ and context/")
+    parser.add_argument("--source", required=True, help="NeMo 2 checkpoint, or a run: its newest complete checkpoint")
     arguments.add_output(parser, "the Hugging Face folder")
+    parser.add_argument("--max_shard_size", default="5GB", help="largest safetensors file [5GB]")
+    arguments.add_verify(parser)
     arguments.add_dry_run(parser)
     return parser.parse_args(argv)
 
 
 def main(argv=None):
     args = parse_args(argv)
-    problems = preflight.checkpoint_problems("--source", args.source)
-    if checkpoints.is_adapter(args.source):
+    source = Path(args.source)
+    if (source / "checkpoints").is_dir():
+        source = checkpoints.latest(source) or source / "checkpoints"
+    problems = preflight.checkpoint_problems("--source", source)
+    if checkpoints.is_adapter(source):
         problems.append(
-            f"--source {args.source} is a LoRA adapter; merge it first: "
-            f"python finetuning/merge_lora.py --source '{args.source}' --output_path nemo_ckpt/merged"
+            f"--source {source} is a LoRA adapter; merge it first: "
+            f"python finetuning/merge_lora.py --source '{source}' --output_path nemo_ckpt/merged"
         )
-    problems += preflight.output_problems(args, [args.source])
+    problems += preflight.output_problems(args, [source])
     model = None
     if not problems:
         try:
-            model = models.from_nemo(args.source)
+            model = models.from_nemo(source)
             problems += preflight.disk_problems(
                 args.output_path, 2 * model.parameters, f"--output_path {args.output_path}"
             )
         except ValueError as error:
             problems.append(f"--source: {error}")
     preflight.report(problems)
-    own_config = (models.tokenizer_folder(args.source) / "config.json").is_file()
+    own_config = (models.tokenizer_folder(source) / "config.json").is_file()
     terminal.describe(
         "export",
         [
-            ("source", args.source),
+            ("source", source),
             ("shape", f"{model.family.architecture}, {terminal.number(model.parameters)} parameters"),
             (
                 "config",
@@ -65,21 +70,17 @@ def main(argv=None):
     from nemo_tutorial import conversion
 
     if args.dry_run == "full":
-        print(conversion.exporter(Path(args.source)).config)
+        print(conversion.exporter(source).config)
         return
     began = time.monotonic()
+    rows = [("folder", args.output_path)]
     with checkpoints.published(args.output_path, args.overwrite) as partial:
-        tensors, bad = conversion.export(Path(args.source), partial)
-        if bad:
-            terminal.fail([f"{name}: {why}; nothing was written" for name, why in bad], code=1)
-    terminal.describe(
-        "exported",
-        [
-            ("folder", args.output_path),
-            ("tensors", f"{tensors} written, and read back by transformers without one missing or unexpected"),
-            ("seconds", f"{time.monotonic() - began:.0f}"),
-        ],
-    )
+        try:
+            conversion.export(source, partial, args.max_shard_size)
+            rows += conversion.verify(source, partial, args.verify)
+        except (ValueError, OSError) as error:
+            terminal.fail([f"{error}; nothing was written"], code=1)
+    terminal.describe("exported", [*rows, ("seconds", f"{time.monotonic() - began:.0f}")])
 
 
 if __name__ == "__main__":

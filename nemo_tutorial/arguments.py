@@ -96,6 +96,16 @@ def add_output(parser, what):
     parser.add_argument("--overwrite", action="store_true", help="replace --output_path once the new one is complete")
 
 
+def add_verify(parser):
+    """--verify: how a conversion is checked before its output appears."""
+    parser.add_argument(
+        "--verify",
+        choices=("tensors", "logits", "none"),
+        default="tensors",
+        help="compare every tensor, bit by bit, as read back from disk; 'logits' also runs both models [tensors]",
+    )
+
+
 def add_execution(parser, experiment):
     """Where the job runs: this machine (torchrun) or Slurm."""
     group = parser.add_argument_group("execution")

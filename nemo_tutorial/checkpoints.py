@@ -1,6 +1,8 @@
 """NeMo 2 checkpoints on disk: complete or not, which is the newest, and publishing an output whole or not at all."""
 
 import contextlib
+import hashlib
+import json
 import os
 import re
 import shutil
@@ -13,6 +15,8 @@ ASSETS = (
     "config.json generation_config.json tokenizer.json tokenizer_config.json special_tokens_map.json "
     "added_tokens.json tokenizer.model vocab.json vocab.txt merges.txt chat_template.jinja chat_template.json"
 ).split()
+MANIFEST = "manifest.json"  # of a checkpoint that we imported: its files, their sizes and hashes, and its source
+HASHED = 1 << 20  # larger files are weights, whose records carry checksums of their own
 UNFINISHED = "-unfinished"  # NeMo's marker beside a checkpoint that is being written or removed
 
 
@@ -37,11 +41,47 @@ def problem(path):
     for marker in {Path(f"{path}{UNFINISHED}"), Path(f"{real}{UNFINISHED}")}:
         if marker.exists():
             return f"{path} is unfinished: {marker.name} lies beside it, so its writing was interrupted"
+    found = damage(path)
+    if found:
+        return found
     for part in ("weights/metadata.json", "weights/.metadata", "weights/common.pt", "context/io.json"):
         if not (path / part).is_file():
             return f"{path} is incomplete: {part} is missing"
     if not any((path / "weights").glob("*.distcp")):
         return f"{path} is incomplete: weights/ holds no *.distcp file"
+    return None
+
+
+def write_manifest(path, **facts):
+    """Write down what a finished checkpoint consists of: every file's size, the small ones' SHA-256, and `facts`."""
+    path = Path(path)
+    files = {str(file.relative_to(path)): _fingerprint(file) for file in sorted(path.rglob("*")) if file.is_file()}
+    text = json.dumps({**facts, "files": files}, indent=1, ensure_ascii=False)
+    (path / MANIFEST).write_text(text + "\n", encoding="utf-8")
+
+
+def _fingerprint(file):
+    size = file.stat().st_size
+    return {"size": size} | ({"sha256": hashlib.sha256(file.read_bytes()).hexdigest()} if size <= HASHED else {})
+
+
+def damage(path):
+    """What of a checkpoint is no longer as its manifest says, or None (also if it has no manifest)."""
+    path = Path(path)
+    if not (path / MANIFEST).is_file():
+        return None
+    try:
+        files = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["files"]
+        for name, expected in files.items():
+            if not (path / name).is_file():
+                return f"{path} is incomplete: {name} is missing"
+            found = _fingerprint(path / name)
+            if found["size"] != expected["size"]:
+                return f"{path} is damaged: {name} has {found['size']} bytes of {expected['size']}"
+            if found != expected:
+                return f"{path} is damaged: {name} has other content than when it was imported"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"{path} is damaged: {MANIFEST} can't be read ({error!r})"
     return None
 
 

@@ -7,130 +7,213 @@ own, with other fields, by way of a folder in /tmp that all users share); output
 import nemo_tutorial.cpu  # noqa: F401  (before NeMo: without a GPU, conversion needs the no-GPU mode)
 
 # isort: split
+import contextlib
 import json
+import math
+import os
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
 import torch
 from nemo.collections import llm
-from nemo.lightning import io
-from safetensors import safe_open
+from nemo.lightning import io, teardown
+from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from nemo_tutorial import checkpoints, models
+from nemo_tutorial import checkpoints, models, weights
 
 
 def importer(folder, model):
-    """NeMo's importer for a Hugging Face folder, whose tokenizer files go into the checkpoint unchanged."""
+    """NeMo's importer for a Hugging Face folder: config and tokenizer files as they are, weights as a stream."""
     own = getattr(llm, model.family.nemo_model).importer(f"hf://{Path(folder).absolute()}")
 
     class Importer(type(own)):
+        @property
+        def config(self):
+            return _exact(super().config, AutoConfig.from_pretrained(folder))
+
         def save_hf_tokenizer_assets(self, tokenizer_name_or_path, save_path=None):
             # Stays until this process ends: NeMo copies it when the checkpoint's context is written.
             self.assets = Path(tempfile.mkdtemp(prefix="nemo_tutorial_")) / "nemo_tokenizer"
             checkpoints.copy_assets(tokenizer_name_or_path, self.assets)
             return str(self.assets)
 
+        def apply(self, output_path):
+            source, target = weights.HuggingFace(folder), self.init()
+            trainer = self.nemo_setup(target, ckpt_async_save=False)
+            parameters = {_nemo_name(name): parameter for name, parameter in target.named_parameters()}
+            shapes = {name: weights.like(value.shape, value.dtype) for name, value in parameters.items()}
+            table = weights.Table(self, source.meta, shapes, AutoConfig.from_pretrained(folder), target.config)
+            missing = [f"{name}: NeMo's {model.family.nemo_model} has no place for it" for name in table.unused]
+            missing += [f"{name}: there is nothing for it in {folder}" for name in table.unmade]
+            if missing:
+                raise ValueError("; ".join(missing))
+            with _progress("import", source.meta) as progress:
+                make = weights.writer(parameters, table, source, progress)
+                trainer.strategy.unwrapped_checkpoint_io._save_sharded_strategy = weights.Streamed(make)
+                self.nemo_save(output_path, trainer)
+            teardown(trainer, target)
+            return output_path
+
     return Importer(str(own))
+
+
+def _exact(config, hf):
+    """NeMo's config with what its importers leave out or replace."""
+    # As many embedding rows as the source has; some importers round up, or take the tokenizer's number of entries.
+    config.vocab_size = hf.vocab_size
+    config.make_vocab_size_divisible_by = math.gcd(hf.vocab_size, 128)
+    config.share_embeddings_and_output_weights = hf.tie_word_embeddings
+    config.kv_channels = getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
+    rope = getattr(hf, "rope_scaling", None) or {}
+    if rope.get("rope_type") == "llama3":
+        config.low_freq_factor = rope["low_freq_factor"]
+        config.high_freq_factor = rope["high_freq_factor"]
+        config.old_context_len = rope["original_max_position_embeddings"]
+    return config
+
+
+def _nemo_name(name):
+    """A parameter's name in NeMo's tables, which know Transformer Engine's layers only."""
+    name = name.removeprefix("module.")
+    if not torch.cuda.is_available():
+        for te, local in nemo_tutorial.cpu.LOCAL_NAMES.items():
+            name = name.replace(local, te)
+    return name
+
+
+@contextlib.contextmanager
+def _progress(what, tensors):
+    """A bar of bytes on a terminal: GB, GB/s and time left; gives the function to call with each number of bytes."""
+    total = sum(tensor.numel() * tensor.dtype.itemsize for tensor in tensors.values())
+    with tqdm(desc=what, total=total, unit="B", unit_scale=True, disable=not sys.stderr.isatty()) as bar:
+        yield bar.update
 
 
 def exporter(checkpoint, target="hf"):
     """NeMo's exporter for a checkpoint, with the imported model's own config.json if the checkpoint carries it."""
     own = io.load_context(checkpoint / "context", subpath="model").exporter(target, checkpoint)
     folder = models.tokenizer_folder(checkpoint)
-    if not (folder / "config.json").is_file():
-        return own
 
     class Exporter(type(own)):
         @property
         def config(self):
             # Else: max_position_embeddings = the run's seq_length, one eos of several, as many embedding rows as
             # the tokenizer has entries. A shape that differs from it is an error on conversion.
-            from transformers import AutoConfig
-
-            return AutoConfig.from_pretrained(folder)
+            if (folder / "config.json").is_file():
+                return AutoConfig.from_pretrained(folder)
+            config = super().config
+            config.vocab_size = io.load_context(checkpoint / "context", subpath="model.config").vocab_size
+            return config
 
     return Exporter(str(checkpoint))
 
 
-def tensors(folder):
-    """{name: (file, shape, dtype)} of a Hugging Face folder's safetensors."""
-    found = {}
-    for file in models.weight_files(folder):
-        with safe_open(file, framework="pt") as weights:
-            for name in weights.keys():
-                part = weights.get_slice(name)
-                found[name] = (file, tuple(part.get_shape()), part.get_dtype())
-    return found
+def export_table(checkpoint, dtype=None):
+    """How a checkpoint becomes a Hugging Face model: (its weights, the table, the Hugging Face config).
 
-
-def import_and_compare(folder, model, output):
-    """Import `folder` to `output`, export that again, and compare every tensor's bits with the source.
-
-    Returns (number of tensors compared, [(tensor, what differs), ...]).
+    `dtype` is that of the Hugging Face model; None: the checkpoint's.
     """
-    own = importer(folder, model)
-    own(output_path=Path(output))
-    with tempfile.TemporaryDirectory(dir=Path(output).parent, prefix=".check.") as check:
-        export_weights(Path(output), Path(check) / "hf")
-        return compare(folder, Path(check) / "hf")
-
-
-def compare(source, copy):
-    """Compare two Hugging Face folders tensor by tensor: (number compared, [(tensor, what differs), ...])."""
-    want, have = tensors(source), tensors(copy)
-    different = [(name, "missing") for name in want.keys() - have.keys()]
-    different += [(name, "not in the source") for name in have.keys() - want.keys()]
-    for name in sorted(want.keys() & have.keys()):
-        if want[name][1:] != have[name][1:]:
-            different.append((name, f"{want[name][1:]} became {have[name][1:]}"))
-            continue
-        with safe_open(want[name][0], framework="pt") as a, safe_open(have[name][0], framework="pt") as b:
-            if not torch.equal(a.get_tensor(name).view(torch.uint8), b.get_tensor(name).view(torch.uint8)):
-                different.append((name, "other values"))
-    return len(want.keys() & have.keys()), sorted(different)
-
-
-def export_weights(checkpoint, output):
-    """Write a checkpoint's weights, and NeMo's idea of the rest, as a Hugging Face folder."""
     own = exporter(checkpoint)
-    own(output_path=Path(output))
+    source = weights.Megatron(checkpoint)
+    nemo_config = io.load_context(checkpoint / "context", subpath="model.config")
+    config = own.config
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    dtype = dtype or source.meta["embedding.word_embeddings.weight"].dtype
+    shapes = {name: weights.like(value.shape, dtype) for name, value in model.state_dict().items()}
+    if config.tie_word_embeddings:
+        del shapes["lm_head.weight"]
+    table = weights.Table(own, source.meta, shapes, nemo_config, config)
+    missing = [f"{name}: transformers' {type(model).__name__} has no place for it" for name in table.unused]
+    missing += [f"{name}: there is nothing for it in {checkpoint}" for name in table.unmade]
+    if missing:
+        raise ValueError("; ".join(missing))
+    return source, table, config
 
 
-def export(checkpoint, output):
-    """Export `checkpoint` to the Hugging Face folder `output` and read it back.
+def import_model(folder, model, output):
+    """Write the Hugging Face model in `folder` as the NeMo checkpoint `output`."""
+    importer(folder, model)(output_path=Path(output))
 
-    Returns (number of tensors, [(tensor or file, what is wrong), ...]).
+
+def verify(checkpoint, folder, how):
+    """Check a conversion: rows to show. Raises ValueError naming every tensor that differs.
+
+    `how`: "tensors" compares names, shapes, dtypes and bits as read back from disk; "logits" also runs both models.
     """
-    export_weights(checkpoint, output)
+    if how == "none":
+        return [("tensors", "not compared (--verify none)")]
+    compared, different = compare(checkpoint, folder)
+    if different:
+        raise ValueError("; ".join(f"{name}: {why}" for name, why in different))
+    rows = [("tensors", f"{compared} read back and compared: all bit-equal")]
+    return rows + (compare_logits(checkpoint, folder) if how == "logits" else [])
+
+
+def compare(checkpoint, folder):
+    """Compare a NeMo checkpoint with a Hugging Face folder: (number of tensors, [(tensor, what differs), ...])."""
+    for file in [*Path(checkpoint).rglob("*.distcp"), *Path(folder).glob("*.safetensors")]:
+        with open(file, "rb") as opened:  # what was just written shall come from the disk, not from memory
+            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    source, table, _ = export_table(Path(checkpoint))
+    with _progress("verify", table.target) as progress:
+        return len(table.target), weights.differences(table, source, weights.HuggingFace(folder), progress)
+
+
+PROMPTS = ("The capital of Taiwan is", "台灣最高的山是玉山，", "def fibonacci(n):")
+
+
+def compare_logits(checkpoint, folder):
+    """Run NeMo's model and transformers' on three prompts: rows to show. Raises ValueError if they differ.
+
+    Both are whole in memory here.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    nemo, _ = exporter(Path(checkpoint)).nemo_load(Path(checkpoint))
+    nemo = nemo.eval().to(device)
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval().to(device)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    largest, agree, count, spread = 0.0, 0, 0, 0.0
+    with torch.no_grad():
+        for prompt in PROMPTS:
+            tokens = tokenizer(prompt, return_tensors="pt").input_ids.to(device)
+            length = tokens.shape[1]
+            mask = torch.ones(length, length, device=device).tril().logical_not()[None, None]
+            ours = nemo(tokens, torch.arange(length, device=device)[None], attention_mask=mask).float()
+            want = theirs(tokens).logits.float()
+            ours = ours[..., : want.shape[-1]]
+            largest, spread = max(largest, (ours - want).abs().max().item()), max(spread, want.std().item())
+            agree, count = agree + (ours.argmax(-1) == want.argmax(-1)).sum().item(), count + length
+        reply = theirs.generate(tokens, max_new_tokens=20, do_sample=False)
+    if largest > 0.1 * spread:
+        raise ValueError(f"NeMo's logits differ from transformers' by up to {largest:.3g} (their spread: {spread:.3g})")
+    return [
+        ("logits", f"differ by at most {largest:.2g} (spread {spread:.2g}); {agree} of {count} greedy tokens agree"),
+        ("sentence", tokenizer.decode(reply[0])),
+    ]
+
+
+def export(checkpoint, output, max_shard_size="5GB"):
+    """Write `checkpoint` as the Hugging Face folder `output`, with the imported model's own papers."""
+    source, table, config = export_table(checkpoint)
+    output.mkdir(parents=True)
+    with _progress("export", table.target) as progress:
+        weights.write_safetensors(output, table, source, max_shard_size, progress)
     assets = models.tokenizer_folder(checkpoint)
-    written = json.loads((output / "config.json").read_text(encoding="utf-8"))
-    if (assets / "config.json").is_file():
-        for name in checkpoints.ASSETS:
-            (output / name).unlink(missing_ok=True)
-        checkpoints.copy_assets(assets, output)
-        own = json.loads((output / "config.json").read_text(encoding="utf-8"))
-        dtype = written.get("dtype") or written.get("torch_dtype")
-        key = "dtype" if "dtype" in own else "torch_dtype"
-        if own.get(key) != dtype:  # trained in another precision than it was imported in
-            own[key] = dtype
-            (output / "config.json").write_text(json.dumps(own, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    return check_export(output)
-
-
-def check_export(output):
-    """Load an export as a user will: (number of tensors, [(name, what is wrong), ...])."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    found = tensors(output)
-    model, info = AutoModelForCausalLM.from_pretrained(output, dtype="auto", output_loading_info=True)
-    bad = [(name, "missing from the export") for name in info["missing_keys"]]
-    bad += [(name, "unknown to transformers") for name in info["unexpected_keys"]]
-    bad += [(name, "another shape than config.json says") for name, *_ in info["mismatched_keys"]]
-    bad += [(name, "not a finite number") for name, weight in model.named_parameters() if not weight.isfinite().all()]
-    if len(AutoTokenizer.from_pretrained(output)) > model.get_input_embeddings().num_embeddings:
-        bad.append(("tokenizer.json", "has more entries than the model has embedding rows"))
-    return len(found), bad
+    checkpoints.copy_assets(assets, output)
+    dtype = str(next(iter(table.target.values())).dtype).removeprefix("torch.")
+    if not (assets / "config.json").is_file():  # not imported by us: transformers writes NeMo's idea of it
+        config.dtype = dtype
+        config.save_pretrained(output)
+        return
+    own = json.loads((output / "config.json").read_text(encoding="utf-8"))
+    key = "dtype" if "dtype" in own else "torch_dtype"
+    if own.get(key) != dtype:  # trained in another precision than it was imported in
+        own[key] = dtype
+        (output / "config.json").write_text(json.dumps(own, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def merge(adapter, output):

@@ -17,6 +17,7 @@ import sys
 import types
 
 import torch
+from torch.utils._device import _device_constructors
 
 # Megatron's config: its checks refuse these kernels where there is neither CUDA nor Transformer Engine.
 NO_FUSION = {
@@ -112,6 +113,8 @@ def _mover(move):
 
 
 def _patch_torch():
+    # `with torch.device("meta")` knows these functions by identity: it must see them before they are replaced.
+    _device_constructors()
     # Loss reduction, optimizer and schedules make tensors on "cuda": "Torch not compiled with CUDA enabled".
     names = "tensor as_tensor empty zeros ones full arange rand randn randint eye linspace"
     for name in (names + " empty_like zeros_like ones_like full_like rand_like randn_like").split():

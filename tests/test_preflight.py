@@ -592,7 +592,7 @@ def test_config_lacks_a_field(refused, work):
 
 def test_full_disk(refused, monkeypatch):
     usage = preflight.shutil.disk_usage("/")
-    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: usage._replace(free=10))
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: usage._replace(free=5))
     refused(importer.main, convert(), "--output_path out needs", "free")
     refused(exporter.main, convert(source="ckpt"), "--output_path out needs 1.84 MB", "free")
 

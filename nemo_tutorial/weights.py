@@ -1,0 +1,377 @@
+"""Weights as a stream: safetensors <-> Megatron's distributed checkpoint, by NeMo's own tables, tensor by tensor.
+
+NeMo's converters hold both models whole in memory. Here their tables of names and transforms are used, each entry when
+its tensor is written. The tables' code, the checkpoint's layout and its writer stay NeMo's, Megatron's and torch's.
+NeMo's names, here, are those of a model with Transformer Engine's layers, whether there is a GPU or not.
+"""
+
+import contextlib
+import copy
+import json
+import os
+import re
+import struct
+import zipfile
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from megatron.core.dist_checkpointing.strategies import torch as megatron_format
+from nemo.lightning import io
+from nemo.lightning.io.state import StateDictTransform, TransformCTX
+from safetensors import SafetensorError, safe_open
+from torch.distributed import checkpoint as dcp
+
+from nemo_tutorial import models
+
+DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}  # safetensors' names
+LAYER = re.compile(r"(decoder\.layers)\.(?!\d)")
+
+
+def like(shape, dtype):
+    """A tensor without values."""
+    return torch.empty(tuple(shape), dtype=dtype, device="meta")
+
+
+def bits(tensor):
+    """The bytes of a tensor, as numpy's."""
+    return tensor.contiguous().view(torch.uint8).numpy()
+
+
+class HuggingFace:
+    """The tensors of a Hugging Face folder: `meta` has names, shapes and dtypes; [name] maps one from its file."""
+
+    def __init__(self, folder):
+        self.files, self.meta = {}, {}
+        for file in models.weight_files(folder):
+            try:
+                with safe_open(file, framework="pt") as weights:
+                    for name in weights.keys():
+                        part = weights.get_slice(name)
+                        self.files[name] = file
+                        self.meta[name] = like(part.get_shape(), DTYPES[part.get_dtype()])
+            except SafetensorError as error:
+                raise ValueError(f"{file} is damaged ({error}); download it again") from None
+            except KeyError as error:
+                raise ValueError(f"{file}: {name} is of type {error}; only BF16, F16 and F32 are converted") from None
+
+    def __getitem__(self, name):
+        with safe_open(self.files[name], framework="pt") as weights:
+            return weights.get_tensor(name)
+
+
+class Megatron:
+    """The weights of a NeMo checkpoint, layer by layer: `meta` as above; [name] reads one, from any TP and PP.
+
+    Ours, because torch's reader holds a tensor twice. Records are mapped, and nothing of them is unpickled.
+    """
+
+    def __init__(self, checkpoint):
+        self.folder = Path(checkpoint) / "weights"
+        metadata = dcp.FileSystemReader(self.folder).read_metadata()
+        self.meta, self._where, self._chunks, self._data = {}, {}, {}, {}
+        for index, info in metadata.storage_data.items():
+            if index.offset is not None:
+                self._data[index.fqn, tuple(index.offset)] = info
+        for key, entry in metadata.state_dict_metadata.items():
+            if not key.startswith("module.") or not hasattr(entry, "chunks"):
+                continue  # optimizer state, random generators, Transformer Engine's extra state
+            self._chunks[key] = [(tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in entry.chunks]
+            name, size, dtype = key.removeprefix("module."), tuple(entry.size), entry.properties.dtype
+            if LAYER.search(name):  # one tensor for all layers: the first dimension is the layer
+                for layer in range(size[0]):
+                    own = LAYER.sub(rf"\1.{layer}.", name)
+                    self.meta[own], self._where[own] = like(size[1:], dtype), (key, layer)
+            else:
+                self.meta[name], self._where[name] = like(size, dtype), (key, None)
+
+    def __getitem__(self, name):
+        (key, layer), shape, dtype = self._where[name], tuple(self.meta[name].shape), self.meta[name].dtype
+        out = torch.empty(shape, dtype=dtype)
+        integer = np.dtype(f"u{dtype.itemsize}")
+        target, filled = bits(out).view(integer).reshape(shape), 0
+        for offsets, sizes in self._chunks[key]:
+            if layer is not None:
+                if not offsets[0] <= layer < offsets[0] + sizes[0]:
+                    continue
+                part = self._record(key, offsets, sizes, integer)[layer - offsets[0]]
+                offsets, sizes = offsets[1:], sizes[1:]
+            else:
+                part = self._record(key, offsets, sizes, integer)
+            target[tuple(slice(start, start + size) for start, size in zip(offsets, sizes))] = part
+            filled += part.size
+        if filled != target.size:
+            raise ValueError(f"{self.folder}: {key} has {filled} of {target.size} values")
+        return out
+
+    def _record(self, key, offsets, sizes, integer):
+        """One stored chunk, mapped: torch.save's zip, whose data lie uncompressed in it."""
+        info = self._data[key, offsets]
+        path = self.folder / info.relative_path
+        try:
+            with open(path, "rb") as file, zipfile.ZipFile(_Part(file, info.offset, info.length)) as archive:
+                (entry,) = [e for e in archive.infolist() if "/data/" in e.filename]
+                file.seek(info.offset + entry.header_offset)
+                header = file.read(30)
+                start = info.offset + entry.header_offset + 30 + sum(struct.unpack("<HH", header[26:30]))
+            if entry.compress_type or entry.file_size != integer.itemsize * int(np.prod(sizes)):
+                raise ValueError(f"a record of {entry.file_size} bytes")
+            record = np.memmap(path, integer, "r", start, tuple(sizes) or (1,))
+            if zlib.crc32(record.view(np.uint8)) != entry.CRC:
+                raise ValueError("its checksum is another")
+            return record.reshape(sizes)
+        except (OSError, ValueError, struct.error, zipfile.BadZipFile) as error:
+            raise ValueError(f"{path}: {key} at {offsets} can't be read ({error}); the file is damaged") from None
+
+
+class _Part:
+    """A part of an open file, as a file."""
+
+    def __init__(self, file, start, length):
+        self.file, self.start, self.length = file, start, length
+        self.seek(0)
+
+    def seekable(self):
+        return True
+
+    def seek(self, offset, whence=os.SEEK_SET):
+        base = {os.SEEK_SET: 0, os.SEEK_END: self.length}.get(whence)
+        base = self.tell() if base is None else base
+        return self.file.seek(self.start + base + offset) - self.start
+
+    def tell(self):
+        return self.file.tell() - self.start
+
+    def read(self, size=-1):
+        left = self.length - self.tell()
+        return self.file.read(left if size < 0 else min(size, left))
+
+
+@dataclass(frozen=True)
+class Step:
+    """One entry of a table for one layer: `transform` makes the tensors `targets` of the tensors `sources`."""
+
+    transform: StateDictTransform
+    sources: tuple
+    targets: tuple
+
+
+class Table:
+    """A NeMo importer's or exporter's table, matched with the names of both sides.
+
+    `source` and `target` are {name: tensor without values}; the configs are those that NeMo's transforms ask for:
+    Hugging Face's on the one side, NeMo's on the other. Names that the table does not cover are in `unused` (of the
+    source) and `unmade` (of the target).
+    """
+
+    def __init__(self, connector, source, target, source_config, target_config):
+        self.target, self.source_config, self.target_config = target, source_config, target_config
+        self.steps = []
+        for transform in _entries(connector, source_config, target_config):
+            if _found(transform.source_key, source) and _found(transform.target_key, target):
+                self.steps += self._match(transform, source)
+        self.maker = {name: step for step in self.steps for name in step.targets}
+        self.unused = sorted(source.keys() - {name for step in self.steps for name in step.sources})
+        self.unmade = sorted(target.keys() - self.maker.keys())
+
+    def _match(self, transform, source):
+        log = []  # which tensors belong together: what is read and written, in turn, with nothing computed
+        dry = copy.copy(transform)
+        dry.call_transform = lambda *args, **kwargs: (
+            None if isinstance(transform.target_key, str) else [None] * len(transform.target_key)
+        )
+        dry(self._context(_Reads(source, log), _Writes(self.target, log)))
+        steps, reads, writes = [], [], []
+        for kind, name in [*log, ("read", None)]:
+            if kind == "read" and writes:
+                steps.append(Step(transform, tuple(dict.fromkeys(reads)), tuple(dict.fromkeys(writes))))
+                reads, writes = [], []
+            (reads if kind == "read" else writes).append(name)
+        return steps
+
+    def _context(self, source, target):
+        return TransformCTX(
+            source=_Named(source, self.source_config),
+            source_state=source,
+            target=SimpleNamespace(config=self.target_config),
+            target_state=target,
+        )
+
+    def make(self, step, source):
+        """The tensors that a step makes of `source`'s: {name: tensor}."""
+        values = {name: source[name] for name in step.sources}
+        made = {name: torch.empty(self.target[name].shape, dtype=self.target[name].dtype) for name in step.targets}
+        step.transform(self._context(values, made))
+        for name, tensor in made.items():
+            if tensor.shape != self.target[name].shape:
+                raise ValueError(f"{name}: {tuple(tensor.shape)} where {tuple(self.target[name].shape)} belongs")
+        return made
+
+
+class _Reads(dict):
+    def __init__(self, values, log):
+        super().__init__(values)
+        self.log = log
+
+    def __getitem__(self, name):
+        self.log.append(("read", name))
+        return super().__getitem__(name)
+
+
+class _Writes(dict):
+    def __init__(self, values, log):
+        super().__init__(values)
+        self.log = log
+
+    def __setitem__(self, name, value):
+        self.log.append(("write", name))
+        super().__setitem__(name, value)
+
+
+class _Named:
+    """model.embed_tokens.weight as attributes: some of NeMo's transforms reach for a tensor that way."""
+
+    def __init__(self, tensors, config, path=""):
+        self._tensors, self._path, self.config = tensors, path, config
+
+    def __getattr__(self, name):
+        path = f"{self._path}.{name}".lstrip(".")
+        return self._tensors[path] if path in self._tensors else _Named(self._tensors, None, path)
+
+
+def _entries(connector, source_config, target_config):
+    """What a converter hands to NeMo's apply_transforms, as a list of StateDictTransform."""
+    found = []
+
+    def capture(source, target, mapping, transforms=(), **kwargs):
+        found.extend(StateDictTransform(key, value) for key, value in mapping.items())
+        found.extend(transforms or ())
+        return target
+
+    own, io.apply_transforms = io.apply_transforms, capture
+    try:
+        connector.convert_state(SimpleNamespace(config=source_config), SimpleNamespace(config=target_config))
+    finally:
+        io.apply_transforms = own
+    return found
+
+
+def _found(keys, names):
+    patterns = [keys] if isinstance(keys, str) else keys.values() if isinstance(keys, dict) else keys
+    return all(any(re.fullmatch(_regex(pattern), name) for name in names) for pattern in patterns)
+
+
+def _regex(pattern):
+    return re.escape(pattern).replace(r"\*\*", ".+").replace(r"\*", "[^.]+")
+
+
+class Streamed(megatron_format.TorchDistSaveShardedStrategy):
+    """Megatron's way of saving, but each tensor is asked of `make` when its turn to be written comes.
+
+    `make` takes one of the state dict's tensors, whose values do not count, and returns it with values.
+    """
+
+    def __init__(self, make):
+        super().__init__("torch_dist", 1)
+        self.make = make
+
+    def save(self, sharded_state_dict, checkpoint_dir):
+        named, *_ = megatron_format._replace_state_dict_keys_with_sharded_keys(sharded_state_dict, True)
+        dcp.save(
+            megatron_format.mcore_to_pyt_state_dict(named, False),
+            storage_writer=dcp.FileSystemWriter(checkpoint_dir, single_file_per_rank=True, thread_count=1),
+            planner=_Planner(self.make),
+        )
+
+
+class _Planner(megatron_format.MCoreSavePlanner):
+    def __init__(self, make):
+        super().__init__(dedup_replicated_tensors=False, flatten_state_dict=False)
+        self.make = make
+
+    def resolve_data(self, write_item):
+        value = self.lookup_object(write_item.index)
+        return self.make(value) if isinstance(value, torch.Tensor) else super().resolve_data(write_item)
+
+
+def writer(parameters, table, source, progress):
+    """The `make` of Streamed for a model's `parameters` ({NeMo name: parameter}, the values of which do not count)."""
+    names = {parameter.untyped_storage()._cdata: name for name, parameter in parameters.items()}
+    last = (None, None)  # a gated MLP's two halves are written one after the other
+
+    def make(part):
+        nonlocal last
+        name = names[part.untyped_storage()._cdata]
+        if last[0] != name:
+            last = (None, None)  # before the next one is made
+            last = (name, table.make(table.maker[name], source)[name].contiguous())
+        progress(part.numel() * part.dtype.itemsize)
+        return last[1].as_strided(part.size(), part.stride(), part.storage_offset())
+
+    return make
+
+
+def write_safetensors(folder, table, source, max_shard_size, progress):
+    """Write a table's targets as a Hugging Face folder's safetensors (one file, or shards and their index)."""
+    split = split_torch_state_dict_into_shards(table.target, max_shard_size=max_shard_size)
+    code = {dtype: name for name, dtype in DTYPES.items()}
+    places, files = {}, []
+    with contextlib.ExitStack() as stack:
+        for file, names in split.filename_to_tensors.items():
+            header, end = {"__metadata__": {"format": "pt"}}, 0
+            for name in sorted(names, key=lambda name: (-table.target[name].dtype.itemsize, name)):
+                tensor = table.target[name]
+                size = tensor.numel() * tensor.dtype.itemsize
+                header[name] = {
+                    "dtype": code[tensor.dtype],
+                    "shape": list(tensor.shape),
+                    "data_offsets": [end, end + size],
+                }
+                end += size
+            text = json.dumps(header).encode()
+            text += b" " * (-len(text) % 8)
+            files.append(stack.enter_context(open(Path(folder) / file, "wb")))
+            files[-1].write(struct.pack("<Q", len(text)) + text)
+            for name in names:
+                places[name] = (files[-1], 8 + len(text) + header[name]["data_offsets"][0])
+        for step in table.steps:
+            for name, tensor in table.make(step, source).items():
+                file, offset = places[name]
+                file.seek(offset)
+                file.write(bits(tensor.to(table.target[name].dtype)))
+                progress(tensor.numel() * table.target[name].dtype.itemsize)
+        for file in files:
+            file.flush()
+            os.fsync(file.fileno())
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (Path(folder) / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def differences(table, megatron, huggingface, progress):
+    """Compare a NeMo checkpoint, through its export table, with a Hugging Face folder's tensors, bit by bit.
+
+    Returns [(tensor, what differs), ...].
+    """
+    found = [(name, "missing") for name in table.target.keys() - huggingface.meta.keys()]
+    found += [(name, "in no table of NeMo's") for name in huggingface.meta.keys() - table.target.keys()]
+    for step in table.steps:
+        for name, made in table.make(step, megatron).items():
+            if name not in huggingface.meta:
+                continue
+            have = huggingface[name]
+            progress(have.numel() * have.dtype.itemsize)
+            if (made.shape, made.dtype) != (have.shape, have.dtype):
+                found.append((name, f"{made.dtype} {tuple(made.shape)} became {have.dtype} {tuple(have.shape)}"))
+            elif not _equal(bits(made).reshape(-1), bits(have).reshape(-1)):
+                found.append((name, "other values"))
+    return sorted(found)
+
+
+def _equal(one, other, slab=1 << 26):
+    """Whether two arrays of bytes are equal; in slabs, because a comparison makes an array of its own."""
+    return all(np.array_equal(one[at : at + slab], other[at : at + slab]) for at in range(0, one.size, slab))
