@@ -75,13 +75,13 @@ def main(argv=None):
         return
     began = time.monotonic()
     rows = [("checkpoint", args.output_path)]
-    with checkpoints.published(args.output_path, args.overwrite) as partial:
-        try:
+    try:
+        with checkpoints.published(args.output_path, args.overwrite) as partial:
             conversion.import_model(folder, model, partial)
             rows += conversion.verify(partial, folder, args.verify)
             checkpoints.write_manifest(partial, source=str(args.source), folder=str(Path(folder).absolute()))
-        except (ValueError, OSError) as error:
-            terminal.fail([f"{error}; nothing was written"], code=1)
+    except (ValueError, OSError) as error:
+        terminal.fail([f"{error}; nothing was written"], code=1)
     terminal.describe("imported", [*rows, ("seconds", f"{time.monotonic() - began:.0f}")])
 
 

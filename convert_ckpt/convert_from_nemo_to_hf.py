@@ -74,12 +74,12 @@ def main(argv=None):
         return
     began = time.monotonic()
     rows = [("folder", args.output_path)]
-    with checkpoints.published(args.output_path, args.overwrite) as partial:
-        try:
+    try:
+        with checkpoints.published(args.output_path, args.overwrite) as partial:
             conversion.export(source, partial, args.max_shard_size)
             rows += conversion.verify(source, partial, args.verify)
-        except (ValueError, OSError) as error:
-            terminal.fail([f"{error}; nothing was written"], code=1)
+    except (ValueError, OSError) as error:
+        terminal.fail([f"{error}; nothing was written"], code=1)
     terminal.describe("exported", [*rows, ("seconds", f"{time.monotonic() - began:.0f}")])
 
 

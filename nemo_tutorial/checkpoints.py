@@ -1,6 +1,7 @@
 """NeMo 2 checkpoints on disk: complete or not, which is the newest, and publishing an output whole or not at all."""
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -8,7 +9,7 @@ import re
 import shutil
 from pathlib import Path
 
-from nemo_tutorial import models
+from nemo_tutorial import models, terminal
 
 # What a Hugging Face folder holds beside its weights and papers.
 ASSETS = (
@@ -133,25 +134,54 @@ def size(path):
 def published(output, overwrite=False):
     """Give a folder beside `output` to write in; rename it to `output` if the block succeeds, else remove it.
 
-    With `overwrite` an existing output is replaced, and stays whole until the new one is.
+    With `overwrite` an existing output is replaced, and stays whole until the new one is. What a killed process left
+    behind is put back or removed, and said. Raises FileExistsError if `output` is there or being written.
     """
     output = Path(output)
     output.parent.mkdir(parents=True, exist_ok=True)
-    staging = output.parent / f".{output.name}.{os.getpid()}.partial"
-    shutil.rmtree(staging, ignore_errors=True)
-    try:
-        yield staging
-        if output.exists() and not overwrite:
-            raise FileExistsError(f"{output} appeared while this was running")
-        replaced = output.parent / f".{output.name}.{os.getpid()}.replaced"
-        if output.exists():
-            output.rename(replaced)
-        try:
-            staging.rename(output)
-        except BaseException:
-            if replaced.exists():
-                replaced.rename(output)
-            raise
-        shutil.rmtree(replaced, ignore_errors=True)
-    finally:
+    staging, replaced = (output.parent / f".{output.name}.{word}" for word in ("partial", "replaced"))
+    with _locked(output):
+        if replaced.exists() and not output.exists():
+            terminal.warn(f"an earlier run was killed while it replaced {output}: the old one is back in its place")
+            replaced.rename(output)
+        if staging.exists() or replaced.exists():
+            terminal.warn(f"an earlier run was killed before {output} was complete: what it left is removed")
         shutil.rmtree(staging, ignore_errors=True)
+        shutil.rmtree(replaced, ignore_errors=True)
+        try:
+            yield staging
+            if output.exists() and not overwrite:
+                raise FileExistsError(f"{output} appeared while this was running")
+            for file in staging.rglob("*"):
+                if file.is_file():
+                    with open(file, "rb") as written:
+                        os.fsync(written.fileno())
+            if output.exists():
+                output.rename(replaced)
+            try:
+                staging.rename(output)
+            except BaseException:
+                if replaced.exists():
+                    replaced.rename(output)
+                raise
+            shutil.rmtree(replaced, ignore_errors=True)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _locked(output):
+    """Hold a lock for writing `output`, which the system takes back from a process that dies."""
+    path = output.parent / f".{output.name}.lock"
+    with open(path, "wb") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            mine = path.stat().st_ino == os.fstat(lock.fileno()).st_ino  # else its owner has just removed it
+        except OSError:
+            mine = False
+        if not mine:
+            raise FileExistsError(f"{output} is being written by another process; wait for it, or choose another")
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)

@@ -221,7 +221,15 @@ def output_problems(args, inputs=()):
         source = Path(path).resolve()
         if resolved == source or resolved in source.parents or source in resolved.parents:
             problems.append(f"--output_path {output} and the source {path} lie in one another; choose a new folder")
+    if not problems and output.is_dir() and not _made_by_us(output):
+        problems.append(f"--overwrite: {output} is no checkpoint, model or data that we write; choose another")
     return problems
+
+
+def _made_by_us(folder):
+    """Whether a folder is a NeMo checkpoint, a Hugging Face model, instruction data, or empty."""
+    signs = ("weights", "context", "config.json", "training.jsonl")
+    return any((folder / sign).exists() for sign in signs) or not any(folder.iterdir())
 
 
 def disk_problems(folder, needed, what):

@@ -25,6 +25,7 @@ from nemo.lightning import io
 from nemo.lightning.io.state import StateDictTransform, TransformCTX
 from safetensors import SafetensorError, safe_open
 from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 
 from nemo_tutorial import models
 
@@ -281,11 +282,17 @@ class Streamed(megatron_format.TorchDistSaveShardedStrategy):
 
     def save(self, sharded_state_dict, checkpoint_dir):
         named, *_ = megatron_format._replace_state_dict_keys_with_sharded_keys(sharded_state_dict, True)
-        dcp.save(
-            megatron_format.mcore_to_pyt_state_dict(named, False),
-            storage_writer=dcp.FileSystemWriter(checkpoint_dir, single_file_per_rank=True, thread_count=1),
-            planner=_Planner(self.make),
-        )
+        try:
+            dcp.save(
+                megatron_format.mcore_to_pyt_state_dict(named, False),
+                storage_writer=dcp.FileSystemWriter(checkpoint_dir, single_file_per_rank=True, thread_count=1),
+                planner=_Planner(self.make),
+            )
+        except CheckpointException as error:  # hides the cause, a full disk perhaps, and is no Exception
+            (cause, _), *_ = error.failures.values()
+            if isinstance(cause, RuntimeError) and "inline_container" in str(cause):  # torch's zip writer lost bytes
+                cause = OSError(f"File too large or disk full: {checkpoint_dir} can't be written")
+            raise cause from None
 
 
 class _Planner(megatron_format.MCoreSavePlanner):
