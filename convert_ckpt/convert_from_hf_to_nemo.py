@@ -78,7 +78,7 @@ def main(argv=None):
     try:
         with checkpoints.published(args.output_path, args.overwrite) as partial:
             conversion.import_model(folder, model, partial)
-            rows += conversion.verify(partial, folder, args.verify)
+            rows += conversion.verify(partial, folder, partial, args.verify)
             checkpoints.write_manifest(partial, source=str(args.source), folder=str(Path(folder).absolute()))
     except (ValueError, OSError) as error:
         terminal.fail([f"{error}; nothing was written"], code=1)

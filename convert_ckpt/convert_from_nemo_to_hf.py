@@ -77,7 +77,7 @@ def main(argv=None):
     try:
         with checkpoints.published(args.output_path, args.overwrite) as partial:
             conversion.export(source, partial, args.max_shard_size)
-            rows += conversion.verify(source, partial, args.verify)
+            rows += conversion.verify(source, partial, partial, args.verify)
     except (ValueError, OSError) as error:
         terminal.fail([f"{error}; nothing was written"], code=1)
     terminal.describe("exported", [*rows, ("seconds", f"{time.monotonic() - began:.0f}")])

@@ -5,7 +5,8 @@ From the repository root:
     python finetuning/merge_lora.py \\
         --source "results/llama31_finetuning/checkpoints/NAME-last" --output_path nemo_ckpt/merged
 
-The base model must still lie where it was when the adapter was trained. No GPU is needed.
+The base model is looked for where it was when the adapter was trained; if it has moved, name it with --base.
+No GPU is needed.
 """
 
 import json
@@ -22,21 +23,35 @@ from nemo_tutorial import arguments, checkpoints, models, preflight, terminal
 def parse_args(argv=None):
     parser = arguments.Parser(__doc__)
     parser.add_argument("--source", required=True, help="LoRA checkpoint: a folder with weights/ and context/")
+    parser.add_argument("--base", help="the model it was trained on, if that has moved [where it was then]")
     arguments.add_output(parser, "the merged NeMo checkpoint")
     arguments.add_dry_run(parser)
     return parser.parse_args(argv)
 
 
-def base_model(source):
-    """The checkpoint that an adapter was trained on: (path, problems)."""
-    metadata = Path(source) / "weights" / "adapter_metadata.json"
+def base_model(args):
+    """The checkpoint that the adapter was trained on: (path, problems)."""
+    metadata = Path(args.source) / "weights" / "adapter_metadata.json"
     try:
-        base = json.loads(metadata.read_text(encoding="utf-8"))["model_ckpt_path"]
+        trained_on = json.loads(metadata.read_text(encoding="utf-8"))["model_ckpt_path"].removesuffix("/weights")
     except (OSError, ValueError, KeyError) as error:
         return None, [f"--source: {metadata} can't be read ({error!r})"]
-    base = base.removesuffix("/weights")
+    base = args.base or trained_on
     problem = checkpoints.problem(base)
-    return base, [f"--source: its base model: {problem}; put it back there, or correct {metadata}"] if problem else []
+    if problem and not args.base:
+        return base, [f"--source: its base model: {problem}; name where it is now with --base"]
+    if problem or checkpoints.is_adapter(base):
+        return base, [f"--base: {problem or base + ' is an adapter itself'}"]
+    try:
+        shape, expected = models.from_nemo(base), models.from_nemo(args.source)
+    except ValueError as error:
+        return base, [f"--base: {error}"]
+    differ = [
+        f"{field} {getattr(shape, field)}, not {getattr(expected, field)}"
+        for field in ("num_hidden_layers", "hidden_size", "intermediate_size", "num_key_value_heads", "vocab_size")
+        if getattr(shape, field) != getattr(expected, field)
+    ]
+    return base, [f"--base {base} is another model than the adapter's: {', '.join(differ)}"] if differ else []
 
 
 def main(argv=None):
@@ -46,7 +61,7 @@ def main(argv=None):
         problems.append(f"--source {args.source} is no LoRA checkpoint but a full one; export it as it is")
     base = None
     if not problems:
-        base, problems = base_model(args.source)
+        base, problems = base_model(args)
     problems += preflight.output_problems(args, [args.source, *([base] if base else [])])
     preflight.report(problems)
     size = checkpoints.size(Path(base) / "weights")
@@ -65,7 +80,7 @@ def main(argv=None):
 
     began = time.monotonic()
     with checkpoints.published(args.output_path, args.overwrite) as partial:
-        conversion.merge(Path(args.source), partial)
+        conversion.merge(Path(args.source), Path(base), partial)
         problem = checkpoints.problem(partial)
         if problem:
             terminal.fail([f"the merged checkpoint is not whole: {problem}; nothing was written"], code=1)

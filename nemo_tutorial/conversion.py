@@ -139,25 +139,28 @@ def import_model(folder, model, output):
     importer(folder, model)(output_path=Path(output))
 
 
-def verify(checkpoint, folder, how):
+def verify(checkpoint, folder, written, how):
     """Check a conversion: rows to show. Raises ValueError naming every tensor that differs.
 
-    `how`: "tensors" compares names, shapes, dtypes and bits as read back from disk; "logits" also runs both models.
+    `written` is the one of the two that was written. `how`: "tensors" compares names, shapes, dtypes and bits as read
+    back from disk; "logits" also runs both models.
     """
     if how == "none":
         return [("tensors", "not compared (--verify none)")]
-    compared, different = compare(checkpoint, folder)
+    compared, different = compare(checkpoint, folder, written)
     if different:
         raise ValueError("; ".join(f"{name}: {why}" for name, why in different))
     rows = [("tensors", f"{compared} read back and compared: all bit-equal")]
     return rows + (compare_logits(checkpoint, folder) if how == "logits" else [])
 
 
-def compare(checkpoint, folder):
+def compare(checkpoint, folder, written=None):
     """Compare a NeMo checkpoint with a Hugging Face folder: (number of tensors, [(tensor, what differs), ...])."""
-    for file in [*Path(checkpoint).rglob("*.distcp"), *Path(folder).glob("*.safetensors")]:
-        with open(file, "rb") as opened:  # what was just written shall come from the disk, not from memory
-            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    for file in Path(written).rglob("*") if written else ():
+        if file.is_file():
+            with open(file, "rb") as opened:  # what was just written shall come from the disk, not from memory
+                os.fsync(opened.fileno())
+                os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     source, table, _ = export_table(Path(checkpoint))
     with _progress("verify", table.target) as progress:
         return len(table.target), weights.differences(table, source, weights.HuggingFace(folder), progress)
@@ -216,9 +219,20 @@ def export(checkpoint, output, max_shard_size="5GB"):
         (output / "config.json").write_text(json.dumps(own, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def merge(adapter, output):
+def merge(adapter, base, output):
     """Merge a LoRA checkpoint into its base model: a full NeMo 2 checkpoint in `output`."""
-    llm.peft.merge_lora(str(adapter), str(output))
+    with tempfile.TemporaryDirectory() as folder:
+        # NeMo looks for the base model where the adapter says: a copy, of links, says where it is now.
+        copy = Path(folder) / adapter.name
+        (copy / "weights").mkdir(parents=True)
+        (copy / "context").symlink_to((adapter / "context").absolute())
+        for file in (adapter / "weights").iterdir():
+            (copy / "weights" / file.name).symlink_to(file.absolute())
+        metadata = json.loads((adapter / "weights" / "adapter_metadata.json").read_text(encoding="utf-8"))
+        metadata["model_ckpt_path"] = str(Path(base).absolute())
+        (copy / "weights" / "adapter_metadata.json").unlink()
+        (copy / "weights" / "adapter_metadata.json").write_text(json.dumps(metadata), encoding="utf-8")
+        llm.peft.merge_lora(str(copy), str(output))
     _own_tokenizer(adapter, output)
 
 

@@ -41,7 +41,7 @@ FLAGS = {
     "finetuning/download_split_data.py": "--dataset --split --ratios --seed --output_path --overwrite --dry_run",
     "finetuning/finetune.py": TRAINING + "--prompt_template --packed_sequence_size --peft",
     "finetuning/generate.py": "--model --prompt --questions --limit --max_new_tokens --output_path",
-    "finetuning/merge_lora.py": "--source --output_path --overwrite --dry_run",
+    "finetuning/merge_lora.py": "--source --base --output_path --overwrite --dry_run",
     "pretraining/pretrain.py": TRAINING + "--split",
 }
 TRAINING_SCRIPTS = ("pretraining/pretrain.py", "finetuning/finetune.py")

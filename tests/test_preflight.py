@@ -471,7 +471,10 @@ def test_merge_wants_an_adapter_and_its_base(refused, work):
     refused(merge_lora.main, ["--source", "ckpt", "--output_path", "out"], "--source ckpt is no LoRA checkpoint")
     lora = nemo_checkpoint("lora", adapter_of=work / "gone" / "weights")
     said = refused(merge_lora.main, ["--source", "lora", "--output_path", "out"], "--source: its base model")
-    assert f"{work}/gone does not exist" in said and "adapter_metadata.json" in said
+    assert f"{work}/gone does not exist" in said and "--base" in said
+    base = ["--source", "lora", "--output_path", "out", "--base"]
+    refused(merge_lora.main, [*base, "nowhere"], "--base: nowhere does not exist")
+    refused(merge_lora.main, [*base, "lora"], "--base: lora is an adapter itself")
     (lora / "weights/adapter_metadata.json").write_text("{}")
     refused(merge_lora.main, ["--source", "lora", "--output_path", "out"], "lora/weights/adapter_metadata.json")
 
