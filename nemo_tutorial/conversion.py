@@ -20,7 +20,7 @@ import torch
 from nemo.collections import llm
 from nemo.lightning import io, teardown
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from nemo_tutorial import checkpoints, models, weights
 
@@ -30,9 +30,13 @@ def importer(folder, model):
     own = getattr(llm, model.family.nemo_model).importer(f"hf://{Path(folder).absolute()}")
 
     class Importer(type(own)):
+        trust_remote_code = False  # Qwen's ask for it
+
         @property
         def config(self):
-            return _exact(super().config, AutoConfig.from_pretrained(folder))
+            with _generation_config_optional():
+                config = super().config
+            return _exact(config, AutoConfig.from_pretrained(folder), model.family)
 
         def save_hf_tokenizer_assets(self, tokenizer_name_or_path, save_path=None):
             # Stays until this process ends: NeMo copies it when the checkpoint's context is written.
@@ -60,18 +64,50 @@ def importer(folder, model):
     return Importer(str(own))
 
 
-def _exact(config, hf):
+@contextlib.contextmanager
+def _generation_config_optional():
+    """Most of NeMo's importers stop at a folder without a generation_config.json, which many models lack."""
+    own = GenerationConfig.from_pretrained
+    GenerationConfig.from_pretrained = lambda folder: (
+        own(folder) if (Path(folder.removeprefix("hf://")) / "generation_config.json").is_file() else None
+    )
+    try:
+        yield
+    finally:
+        GenerationConfig.from_pretrained = own
+
+
+def _exact(config, hf, family):
     """NeMo's config with what its importers leave out or replace."""
-    # As many embedding rows as the source has; some importers round up, or take the tokenizer's number of entries.
-    config.vocab_size = hf.vocab_size
-    config.make_vocab_size_divisible_by = math.gcd(hf.vocab_size, 128)
-    config.share_embeddings_and_output_weights = hf.tie_word_embeddings
-    config.kv_channels = getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
+    fields = {
+        # As many embedding rows as the source has; some importers round up, or take the tokenizer's number of entries.
+        "vocab_size": hf.vocab_size,
+        "make_vocab_size_divisible_by": math.gcd(hf.vocab_size, 128),
+        "share_embeddings_and_output_weights": hf.tie_word_embeddings,
+        "num_query_groups": hf.num_key_value_heads,  # Phi3's leaves it out
+        "kv_channels": getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads,
+        "seq_length": hf.max_position_embeddings,  # Mistral's takes the window
+        "rotary_base": hf.rope_theta,  # Gemma's and others' leave some of these out
+    }
+    if family.partial_rotary:
+        fields["rotary_percent"] = hf.partial_rotary_factor
+    if family.window:
+        # transformers' window counts the token itself, Megatron's does not: NeMo's importer is off by one.
+        fields["window_size"] = (hf.sliding_window - 1, 0) if hf.sliding_window else None
+        # With context parallelism, Transformer Engine has windows in this kind only.
+        fields["cp_comm_type"] = "a2a" if hf.sliding_window else None
     rope = getattr(hf, "rope_scaling", None) or {}
-    if rope.get("rope_type") == "llama3":
-        config.low_freq_factor = rope["low_freq_factor"]
-        config.high_freq_factor = rope["high_freq_factor"]
-        config.old_context_len = rope["original_max_position_embeddings"]
+    kind = rope.get("rope_type", rope.get("type"))
+    if kind == "linear":
+        fields["seq_len_interpolation_factor"] = rope["factor"]
+    if kind == "llama3":
+        fields["low_freq_factor"] = rope["low_freq_factor"]
+        fields["high_freq_factor"] = rope["high_freq_factor"]
+        fields["old_context_len"] = rope["original_max_position_embeddings"]
+    for name, value in fields.items():
+        setattr(config, name, value)
+        if hasattr(config, "__io__"):  # what the checkpoint's context is written from; else, the config itself
+            setattr(config.__io__, name, value)
     return config
 
 

@@ -17,6 +17,7 @@ import sys
 import types
 
 import torch
+import torch.nn.functional as F
 from torch.utils._device import _device_constructors
 
 # Megatron's config: its checks refuse these kernels where there is neither CUDA nor Transformer Engine.
@@ -189,6 +190,28 @@ class FusedAdam(torch.optim.Optimizer):
                 param.addcdiv_(mean, scale, value=-lr / (1 - beta1**step))
 
 
+class ZeroCentredRMSNorm(torch.nn.RMSNorm):
+    """Transformer Engine's RMSNorm with zero-centred weights: computed in float32, multiplied by 1 + weight."""
+
+    def reset_parameters(self):
+        torch.nn.init.zeros_(self.weight)
+
+    def forward(self, x):
+        return F.rms_norm(x.float(), self.normalized_shape, 1 + self.weight.float(), self.eps).type_as(x)
+
+
+class ZeroCentredLayerNorm(torch.nn.LayerNorm):
+    """The same of LayerNorm."""
+
+    def reset_parameters(self):
+        torch.nn.init.zeros_(self.weight)
+        torch.nn.init.zeros_(self.bias)
+
+    def forward(self, x):
+        weight, bias = 1 + self.weight.float(), self.bias.float()
+        return F.layer_norm(x.float(), self.normalized_shape, weight, bias, self.eps).type_as(x)
+
+
 def _patch_megatron():
     from megatron.core import optimizer
     from megatron.core.dist_checkpointing.strategies import filesystem_async
@@ -214,12 +237,15 @@ def _patch_megatron():
 
     def norm(cls, config, hidden_size, eps=1e-5, **kwargs):
         kind = {"RMSNorm": torch.nn.RMSNorm, "LayerNorm": torch.nn.LayerNorm}[config.normalization]
+        if config.layernorm_zero_centered_gamma:
+            kind = {"RMSNorm": ZeroCentredRMSNorm, "LayerNorm": ZeroCentredLayerNorm}[config.normalization]
         module = kind(hidden_size, eps=eps, dtype=config.params_dtype)
         for param in module.parameters():
             param.sequence_parallel = config.sequence_parallel
         return module
 
-    # The stock one is float32 always ("dtype mismatch" on import) and refuses sequence parallelism.
+    # The stock one is float32 always ("dtype mismatch" on import) and refuses sequence parallelism, and the norms of
+    # Gemma and Nemotron ("zero_centered_gamma not supported by torch LayerNorm").
     WrappedTorchNorm.__new__ = norm
 
     @functools.cache

@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 
@@ -14,6 +14,12 @@ class Family:
     architecture: str  # in config.json
     nemo_model: str  # in nemo.collections.llm
     recipes: dict  # parameters in 10^9 -> recipe in nemo.collections.llm
+    hidden_act: str = "silu"
+    gated: bool = True  # whether the MLP has a gate
+    rope_types: tuple = ("default", "linear")  # what NeMo can compute, of rope_scaling's
+    partial_rotary: bool = False  # whether NeMo's model carries partial_rotary_factor
+    window: bool = False  # whether sliding_window means all layers, as NeMo's window_size does
+    defaults: dict = field(default_factory=dict)  # what transformers takes where config.json says nothing
 
 
 FAMILIES = [
@@ -21,6 +27,56 @@ FAMILIES = [
         "LlamaForCausalLM",
         "LlamaModel",
         {1: "llama32_1b", 3: "llama32_3b", 8: "llama31_8b", 70: "llama31_70b", 405: "llama31_405b"},
+        rope_types=("default", "linear", "llama3"),
+    ),
+    Family(
+        "Qwen2ForCausalLM",
+        "Qwen2Model",
+        {
+            0.5: "qwen25_500m",
+            1.5: "qwen25_1p5b",
+            7: "qwen25_7b",
+            14: "qwen25_14b",
+            32: "qwen25_32b",
+            72: "qwen25_72b",
+        },
+    ),
+    Family(
+        "Qwen3ForCausalLM",
+        "Qwen3Model",
+        {0.6: "qwen3_600m", 1.7: "qwen3_1p7b", 4: "qwen3_4b", 8: "qwen3_8b", 14: "qwen3_14b", 32: "qwen3_32b"},
+        defaults={"head_dim": 128},
+    ),
+    Family(
+        "MistralForCausalLM",
+        "MistralModel",
+        {7: "mistral_7b", 12: "mistral_nemo_12b", 24: "mistral_small3_24b"},
+        window=True,
+        defaults={"num_key_value_heads": 8},
+    ),
+    Family(
+        "Phi3ForCausalLM",
+        "Phi3Model",
+        {4: "phi3_mini_4k_instruct"},
+        rope_types=("default",),
+        partial_rotary=True,
+        window=True,
+    ),
+    Family(
+        "GemmaForCausalLM",
+        "GemmaModel",
+        {2: "gemma_2b", 7: "gemma_7b"},
+        hidden_act="gelu_pytorch_tanh",
+        defaults={"head_dim": 256, "num_key_value_heads": 16, "tie_word_embeddings": True},
+    ),
+    Family(
+        "NemotronForCausalLM",
+        "NemotronModel",
+        {4: "nemotron3_4b", 8: "nemotron3_8b", 15: "nemotron4_15b", 22: "nemotron3_22b", 340: "nemotron4_340b"},
+        hidden_act="relu2",
+        gated=False,
+        rope_types=("default",),
+        partial_rotary=True,
     ),
 ]
 # NeMo names on the left, Hugging Face names on the right.
@@ -55,9 +111,9 @@ class Model:
 
     @property
     def parameters(self):
-        """Number of parameters (embedding, attention, gated MLP, RMS norms, output layer; no biases)."""
+        """Number of parameters (embedding, attention, MLP, the layers' two norms, output layer; no biases)."""
         attention = self.head_dim * (2 * self.num_attention_heads + 2 * self.num_key_value_heads)
-        layer = self.hidden_size * (attention + 3 * self.intermediate_size + 2)
+        layer = self.hidden_size * (attention + (3 if self.family.gated else 2) * self.intermediate_size + 2)
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
         return embeddings + self.num_hidden_layers * layer + self.hidden_size
 
@@ -85,6 +141,10 @@ def from_config(path):
         raise ValueError(f"{path} says {architecture}, which can't be converted. Supported: {supported()}")
     if config.get("auto_map"):
         raise ValueError(f"{path} asks to run code of its own (auto_map), which is never done here")
+    refused = _refused(config, family)
+    if refused:
+        raise ValueError(f"{path} has {', '.join(refused)}: NeMo's {family.nemo_model} would compute something else")
+    config = family.defaults | config
     try:
         heads = config["num_attention_heads"]
         return Model(
@@ -102,6 +162,29 @@ def from_config(path):
         )
     except KeyError as error:
         raise ValueError(f"{path} has no {error.args[0]!r}; it is not the config.json of a {architecture}") from None
+
+
+def _refused(config, family):
+    """The fields of a config.json that change what a model computes, and that NeMo's model of it can't have."""
+    accepted = {  # the values that NeMo's model stands for; transformers' own default is always one of them
+        "hidden_act": (family.hidden_act,),
+        "hidden_activation": (family.hidden_act, None),  # Gemma's newer name
+        "attention_bias": (False, None),  # the families with biases in their attention have no field for them
+        "mlp_bias": (False, None),
+        "use_sliding_window": (False, None),  # Qwen's windows begin at a layer; NeMo's importers forget them
+        "use_bidirectional_attention": (False, None),
+        "quantization_config": (None,),
+        "rope_parameters": (None,),  # transformers 5's name, of which transformers 4 sees nothing
+    }
+    if not family.partial_rotary:
+        accepted["partial_rotary_factor"] = (1, None)
+    refused = [f"{key} {config[key]!r}" for key, values in accepted.items() if config.get(key, values[0]) not in values]
+    if any(kind != "full_attention" for kind in config.get("layer_types") or ()):
+        refused.append(f"layer_types {config['layer_types']!r}")
+    rope = config.get("rope_scaling") or {}
+    if rope.get("rope_type", rope.get("type", "default")) not in family.rope_types:
+        refused.append(f"rope_scaling {rope!r}")
+    return refused
 
 
 def _config_object(objects, path):

@@ -16,7 +16,8 @@ from nemo_tutorial import callbacks, compat, cpu
 ARCHITECTURE = (
     "num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels vocab_size "
     "make_vocab_size_divisible_by share_embeddings_and_output_weights init_method_std layernorm_epsilon rotary_base "
-    "rotary_percent scale_factor low_freq_factor high_freq_factor old_context_len"
+    "rotary_percent scale_factor low_freq_factor high_freq_factor old_context_len seq_len_interpolation_factor "
+    "window_size cp_comm_type"
 ).split()
 
 
@@ -38,8 +39,8 @@ def start(family_recipe, kind, args):
 def set_model(recipe, args, config, tokenizer_folder):
     """The model that `config` (a NeMo config, or a Fiddle config of one) describes, with a tokenizer."""
     cls = fdl.get_callable(config) if isinstance(config, fdl.Buildable) else type(config)
-    fields = {name: getattr(config, name, None) for name in ARCHITECTURE}
-    fields = {name: value for name, value in fields.items() if value is not None}
+    # None, too, is said: a Mistral without a window would get its config class's.
+    fields = {name: getattr(config, name) for name in ARCHITECTURE if hasattr(config, name)}
     model_cls = fdl.get_callable(recipe.model)
     tokenizer = run.Config(AutoTokenizer, str(Path(tokenizer_folder).absolute()), use_fast=True)
     recipe.model = run.Config(model_cls, config=run.Config(cls, **fields), tokenizer=tokenizer)

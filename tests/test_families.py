@@ -1,0 +1,136 @@
+"""Every supported family, converted there and back through the real NeMo on the CPU, each with the same checks."""
+
+import shutil
+
+import pytest
+from conftest import script
+
+from nemo_tutorial import checkpoints, models
+
+pytestmark = pytest.mark.nemo
+
+SHAPE = {
+    "vocab_size": 2048,
+    "hidden_size": 64,
+    "intermediate_size": 160,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 4096,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 2,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 4.0,
+    "low_freq_factor": 0.5,
+    "high_freq_factor": 2.0,
+    "original_max_position_embeddings": 16,  # so short that the prompts would show a field that got lost
+}
+LINEAR = {"rope_scaling": {"rope_type": "linear", "factor": 3.0}}
+TIED, UNTIED = {"tie_word_embeddings": True}, {"tie_word_embeddings": False}
+MORE_ROWS = {"vocab_size": 2085}  # than the tokenizer has entries; odd
+NEMOTRON = {"head_dim": 16, "norm_eps": 1e-5}
+CASES = {
+    "llama2": ("Llama", UNTIED | {"num_key_value_heads": 4, "rope_theta": 10000.0}),
+    "llama3": ("Llama", UNTIED | {"rope_theta": 500000.0}),
+    "llama3.1": ("Llama", UNTIED | {"rope_theta": 500000.0, "rope_scaling": LLAMA3} | MORE_ROWS),
+    "llama3.2": ("Llama", TIED | {"rope_theta": 500000.0, "rope_scaling": LLAMA3}),
+    "llama-head_dim": ("Llama", UNTIED | {"head_dim": 32}),
+    "llama-linear": ("Llama", UNTIED | LINEAR),
+    "qwen2": ("Qwen2", UNTIED | MORE_ROWS | {"rope_theta": 1000000.0}),
+    "qwen2-tied": ("Qwen2", TIED),
+    "qwen2-linear": ("Qwen2", TIED | LINEAR),
+    "qwen3": ("Qwen3", UNTIED | {"head_dim": 32}),
+    "qwen3-tied": ("Qwen3", TIED | MORE_ROWS | {"head_dim": 16, "rope_theta": 1000000.0}),
+    "qwen3-linear": ("Qwen3", UNTIED | LINEAR | {"head_dim": 32}),
+    "mistral-window": ("Mistral", UNTIED | {"sliding_window": 3}),
+    "mistral-nemo": ("Mistral", UNTIED | MORE_ROWS | {"sliding_window": None, "head_dim": 32, "rope_theta": 1000000.0}),
+    "mistral-tied": ("Mistral", TIED | LINEAR | {"sliding_window": None}),
+    "phi3": ("Phi3", UNTIED | {"sliding_window": 3}),
+    "phi3-partial": ("Phi3", UNTIED | MORE_ROWS | {"sliding_window": None, "partial_rotary_factor": 0.5}),
+    "phi3-tied": ("Phi3", TIED | {"sliding_window": None}),
+    "gemma": ("Gemma", TIED | {"head_dim": 32}),
+    "gemma-rows": ("Gemma", TIED | MORE_ROWS | LINEAR | {"head_dim": 16, "num_key_value_heads": 1}),
+    "nemotron": ("Nemotron", UNTIED | NEMOTRON | {"partial_rotary_factor": 0.5}),
+    "nemotron-rows": ("Nemotron", UNTIED | NEMOTRON | MORE_ROWS | {"head_dim": 32, "partial_rotary_factor": 1.0}),
+}
+
+
+def make_model(folder, family, fields, tokenizer):
+    """A tiny random model in bfloat16, no parameter of which is constant, as transformers writes it."""
+    import torch
+    import transformers
+
+    torch.manual_seed(1)
+    config = getattr(transformers, f"{family}Config")(**SHAPE | fields)
+    model = getattr(transformers, f"{family}ForCausalLM")(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * (0.3 if parameter.dim() == 1 else 0.05))
+    model.to(torch.bfloat16).save_pretrained(folder)
+    for file in checkpoints.ASSETS:
+        if (tokenizer / file).is_file() and file != "config.json" and file != "generation_config.json":
+            shutil.copy(tokenizer / file, folder)
+    if family != "Qwen3":  # one family without, as many folders are
+        shutil.copy(tokenizer / "generation_config.json", folder)
+    else:
+        (folder / "generation_config.json").unlink(missing_ok=True)
+
+
+@pytest.fixture(autouse=True)
+def one_process(monkeypatch):
+    """Megatron leaves its choice of attention in the environment, and refuses a later model that wants another."""
+    for name in ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    script(folder, "data/make_tiny_model.py", "--output_path", "tiny")
+    return folder / "tiny"
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_there_and_back(case, tokenizer, tmp_path):
+    """Equal tensors, bit by bit, and equal papers, with the source folder gone; and the models compute the same."""
+    from safetensors.torch import load_file
+
+    from nemo_tutorial import conversion
+
+    family, fields = CASES[case]
+    source, moved, nemo, back = (tmp_path / name for name in ("source", "moved", "nemo", "back"))
+    make_model(source, family, fields, tokenizer)
+    model = models.from_hf(source)
+    assert model.family.architecture == f"{family}ForCausalLM"
+    conversion.import_model(source, model, nemo)
+    tensors = load_file(source / "model.safetensors")
+    assert not [name for name, tensor in tensors.items() if (tensor == tensor.flatten()[0]).all()]
+    assert conversion.compare(nemo, source) == (len(tensors), [])
+    source.rename(moved)
+    conversion.export(nemo, back)
+    exported = load_file(back / "model.safetensors")
+    assert exported.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert exported[name].dtype == tensor.dtype and exported[name].equal(tensor), name
+    for file in checkpoints.ASSETS:
+        assert (back / file).is_file() == (moved / file).is_file(), file
+        if (moved / file).is_file():
+            assert (back / file).read_bytes() == (moved / file).read_bytes(), file
+    print(conversion.compare_logits(nemo, back))
+    read = models.from_nemo(nemo)
+    assert {**vars(read), "source": ""} == {**vars(model), "source": ""}
+    assert abs(sum(tensor.numel() for tensor in tensors.values()) / model.parameters - 1) < 0.02
+
+
+def test_recipes_exist():
+    """Each family's recipes are NeMo's, for pretraining and finetuning."""
+    from nemo.collections import llm
+
+    for family in models.FAMILIES:
+        for recipe in family.recipes.values():
+            assert hasattr(getattr(llm, recipe), "pretrain_recipe"), recipe
+            assert hasattr(getattr(llm, recipe), "finetune_recipe"), recipe
