@@ -5,7 +5,8 @@ From the repository root:
     python convert_ckpt/convert_from_hf_to_nemo.py \\
         --source Llama-3.1-8B-Instruct --output_path nemo_ckpt/Llama-3.1-8B-Instruct
 
---source is a folder with config.json, a tokenizer and *.safetensors, or a Hub id (OWNER/MODEL).
+--source is a folder with config.json, a tokenizer and *.safetensors, or a Hub id (OWNER/MODEL): it is downloaded
+to the Hub's cache, and without a network the copy there is used.
 No GPU is needed, and memory for the largest tensor only: the weights pass through as a stream.
 """
 
@@ -16,12 +17,13 @@ from pathlib import Path
 # Nothing is installed: make the repository root importable, wherever the script is started from.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from nemo_tutorial import arguments, checkpoints, models, preflight, terminal
+from nemo_tutorial import arguments, checkpoints, hub, models, preflight, terminal
 
 
 def parse_args(argv=None):
     parser = arguments.Parser(__doc__)
     parser.add_argument("--source", required=True, help="Hugging Face folder or Hub id")
+    parser.add_argument("--revision", default="main", help="branch, tag or commit of a Hub id [main]")
     arguments.add_output(parser, "the NeMo checkpoint")
     arguments.add_verify(parser)
     arguments.add_dry_run(parser)
@@ -30,17 +32,22 @@ def parse_args(argv=None):
 
 def source_folder(args, problems):
     """The local folder of --source; a Hub id is downloaded first, unless this is a dry run."""
-    folder = models.hf_folder(args.source)
-    if folder is None and models.is_hub_id(args.source) and args.dry_run is None:
-        preflight.report(problems)  # before the download
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
-
-        try:
-            return Path(snapshot_download(args.source, allow_patterns=["*.safetensors*", *checkpoints.ASSETS]))
-        except (HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError) as error:
-            preflight.report([f"--source {args.source}: {error}"])
-    return folder or Path(args.source)
+    if not models.is_hub_id(args.source):
+        if args.revision != "main":
+            problems.append(f"--revision {args.revision}: --source {args.source} is no Hub id; leave the flag out")
+        return Path(args.source)
+    if args.dry_run is not None:
+        return models.hub_snapshot(args.source, args.revision) or Path(args.source)
+    preflight.report(problems)  # before the download
+    try:
+        # First what is small: a model that can't be converted, or has no place here, costs no download.
+        papers = hub.download_papers(args.source, args.revision)
+        model = models.from_hf(papers)
+        what = f"--output_path {args.output_path}"
+        preflight.report(preflight.disk_problems(args.output_path, 2 * model.parameters, what))
+        return hub.download_weights(args.source, papers)
+    except ValueError as error:
+        preflight.report([f"--source: {error}"])
 
 
 def main(argv=None):
@@ -68,7 +75,7 @@ def main(argv=None):
     if args.dry_run == "plan":
         return
 
-    from nemo_tutorial import conversion
+    from nemo_tutorial import compat, conversion
 
     if args.dry_run == "full":
         print(conversion.importer(folder, model).config)
@@ -79,7 +86,10 @@ def main(argv=None):
         with checkpoints.published(args.output_path, args.overwrite) as partial:
             conversion.import_model(folder, model, partial)
             rows += conversion.verify(partial, folder, partial, args.verify)
-            checkpoints.write_manifest(partial, source=str(args.source), folder=str(Path(folder).absolute()))
+            facts = {"source": args.source, "folder": str(Path(folder).absolute()), "versions": compat.versions()}
+            if models.is_hub_id(args.source):  # the Hub's cache names the folder by the commit
+                facts |= {"revision": args.revision, "commit": Path(folder).name}
+            checkpoints.write_manifest(partial, **facts)
     except (ValueError, OSError) as error:
         terminal.fail([f"{error}; nothing was written"], code=1)
     terminal.describe("imported", [*rows, ("seconds", f"{time.monotonic() - began:.0f}")])

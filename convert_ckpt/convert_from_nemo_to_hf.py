@@ -7,6 +7,7 @@ From the repository root:
 
 The tokenizer's files and config.json are those of the model that was imported. A LoRA checkpoint is merged
 first, by finetuning/merge_lora.py. No GPU is needed, and memory for the largest tensor only.
+--push_to_hub OWNER/NAME uploads the folder, once verified, with a README.md that says how the model was made.
 """
 
 import sys
@@ -16,7 +17,7 @@ from pathlib import Path
 # Nothing is installed: make the repository root importable, wherever the script is started from.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from nemo_tutorial import arguments, checkpoints, models, preflight, terminal
+from nemo_tutorial import arguments, checkpoints, hub, models, preflight, runs, terminal
 
 
 def parse_args(argv=None):
@@ -25,8 +26,20 @@ def parse_args(argv=None):
     arguments.add_output(parser, "the Hugging Face folder")
     parser.add_argument("--max_shard_size", default="5GB", help="largest safetensors file [5GB]")
     arguments.add_verify(parser)
+    parser.add_argument("--push_to_hub", metavar="OWNER/NAME", help="upload the folder to this model of the Hub")
+    parser.add_argument("--private", action="store_true", help="create the model of --push_to_hub as a private one")
     arguments.add_dry_run(parser)
     return parser.parse_args(argv)
+
+
+def push(args):
+    """Upload the exported folder; it stays if that fails."""
+    try:
+        page = hub.upload(args.output_path, args.push_to_hub, args.private)
+    except ValueError as error:
+        again = hub.upload_command(args.output_path, args.push_to_hub, args.private)
+        terminal.fail([f"--push_to_hub: {error}. {args.output_path} is whole; once that is mended: {again}"], code=1)
+    terminal.describe("uploaded", [("commit", page)])
 
 
 def main(argv=None):
@@ -40,7 +53,7 @@ def main(argv=None):
             f"--source {source} is a LoRA adapter; merge it first: "
             f"python finetuning/merge_lora.py --source '{source}' --output_path nemo_ckpt/merged"
         )
-    problems += preflight.output_problems(args, [source])
+    problems += preflight.output_problems(args, [source]) + hub.upload_problems(args.push_to_hub, args.private)
     model = None
     if not problems:
         try:
@@ -62,6 +75,7 @@ def main(argv=None):
                 "that of the imported model" if own_config else "NeMo's own: the checkpoint was not imported by us",
             ),
             ("output", args.output_path),
+            ("upload", args.push_to_hub and args.push_to_hub + (" (private)" if args.private else "")),
         ],
     )
     if args.dry_run == "plan":
@@ -78,9 +92,14 @@ def main(argv=None):
         with checkpoints.published(args.output_path, args.overwrite) as partial:
             conversion.export(source, partial, args.max_shard_size)
             rows += conversion.verify(source, partial, partial, args.verify)
+            if args.push_to_hub:
+                card = hub.model_card(args.push_to_hub, *runs.stages(source))
+                (partial / "README.md").write_text(card, encoding="utf-8")
     except (ValueError, OSError) as error:
         terminal.fail([f"{error}; nothing was written"], code=1)
     terminal.describe("exported", [*rows, ("seconds", f"{time.monotonic() - began:.0f}")])
+    if args.push_to_hub:
+        push(args)
 
 
 if __name__ == "__main__":

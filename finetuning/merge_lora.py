@@ -84,6 +84,7 @@ def main(argv=None):
         problem = checkpoints.problem(partial)
         if problem:
             terminal.fail([f"the merged checkpoint is not whole: {problem}; nothing was written"], code=1)
+        checkpoints.write_manifest(partial, adapter=str(Path(args.source).absolute()))
     terminal.describe("merged", [("checkpoint", args.output_path), ("seconds", f"{time.monotonic() - began:.0f}")])
 
 

@@ -61,6 +61,14 @@ def write_manifest(path, **facts):
     (path / MANIFEST).write_text(text + "\n", encoding="utf-8")
 
 
+def manifest(path):
+    """What write_manifest wrote, or {}."""
+    try:
+        return json.loads((Path(path) / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
 def _fingerprint(file):
     size = file.stat().st_size
     return {"size": size} | ({"sha256": hashlib.sha256(file.read_bytes()).hexdigest()} if size <= HASHED else {})

@@ -249,14 +249,14 @@ def tokenizer_folder(path):
     return Path(path) / "context" / (name or "nemo_tokenizer")
 
 
-def hub_snapshot(repo):
+def hub_snapshot(repo, revision="main"):
     """The folder where the Hub's cache on this machine holds model `repo`, or None. Nothing is downloaded."""
     home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
     cache = Path(os.environ.get("HF_HUB_CACHE") or home / "hub") / ("models--" + repo.replace("/", "--"))
     try:
-        snapshot = cache / "snapshots" / (cache / "refs" / "main").read_text().strip()
+        snapshot = cache / "snapshots" / (cache / "refs" / revision).read_text().strip()
     except OSError:
-        return None
+        snapshot = cache / "snapshots" / revision  # a commit
     return snapshot if (snapshot / "config.json").is_file() else None
 
 

@@ -9,7 +9,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from nemo_tutorial import checkpoints, models, preflight, schedule, terminal
+from nemo_tutorial import checkpoints, hub, models, preflight, schedule, terminal
 
 
 @dataclass
@@ -52,6 +52,58 @@ def record(run):
         return json.loads((run / "record" / "run.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
+
+
+def stages(checkpoint):
+    """How a checkpoint was made, as far as it is written down: (base model or None, training stages, first first).
+
+    A stage is {"stage", "data", "steps", ...}, for people to read; a value that is not known is None.
+    """
+    found, seen = [], set()
+    while checkpoint is not None and Path(checkpoint).resolve() not in seen:
+        checkpoint = Path(checkpoint).resolve()
+        seen.add(checkpoint)
+        manifest = checkpoints.manifest(checkpoint)
+        if manifest.get("adapter"):  # merged: made as the adapter was
+            checkpoint = manifest["adapter"]
+            continue
+        history = record(checkpoint.parent.parent) if checkpoint.parent.name == "checkpoints" else {}
+        if not history:
+            source = manifest.get("source")
+            return (source if manifest.get("commit") or not source else Path(source).name), found[::-1]
+        found.append(_stage(checkpoint, history))
+        checkpoint = history.get("restored_from")
+    return None, found[::-1]
+
+
+def _stage(checkpoint, history):
+    run, step = checkpoint.parent.parent, checkpoints.step(checkpoint)
+    flags = history["starts"][-1]["flags"] if history.get("starts") else {}
+    data, peft = flags.get("dataset_path"), flags.get("peft")
+    values = {}
+    try:
+        for line in (run / "record" / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+            line = json.loads(line)
+            if line["step"] == step:  # the last such line: a run that went on may have done a step again
+                values |= line
+    except (OSError, ValueError, KeyError):
+        pass
+    scratch = not history.get("restored_from") and flags.get("hf_model_id")
+    return {
+        "stage": history.get("stage", "training") + (f" ({peft})" if peft else ""),
+        "weights before": f"random, with the shape and tokenizer of `{_public(scratch)}`" if scratch else None,
+        "data": f"`{_public(data)}`" if data else None,
+        "steps": step or None,
+        "samples a step": flags.get("global_batch_size"),
+        "tokens a sample": flags.get("seq_length"),
+        "training loss at the last step": f"{values['loss']:.4g}" if "loss" in values else None,
+        "validation loss": f"{values['val_loss']:.4g}" if "val_loss" in values else None,
+    }
+
+
+def _public(path):
+    """A path as it may be published: an absolute one tells about the machine that it is on."""
+    return Path(path).name if Path(path).is_absolute() else str(path).rstrip("/")
 
 
 def hardware_problems(args):
@@ -120,24 +172,16 @@ def _from_scratch(args, source):
         return ["nothing says which model: give --nemo_model CHECKPOINT, or --hf_model_id FOLDER to start from scratch"]
     source.hf_folder = models.hf_folder(args.hf_model_id)
     if source.hf_folder is None and models.is_hub_id(args.hf_model_id) and args.dry_run is None:
-        source.hf_folder = download_assets(args.hf_model_id)
+        try:
+            source.hf_folder = hub.download_papers(args.hf_model_id)
+        except ValueError as error:
+            return [f"--hf_model_id: {error}"]
     if source.hf_folder is None:
         return [
             f"--hf_model_id {args.hf_model_id} is not a folder, nor in the Hub's cache here; "
             f"hf download {args.hf_model_id} --local-dir FOLDER, and name the folder"
         ]
     return []
-
-
-def download_assets(repo):
-    """Fetch a Hub model's configuration and tokenizer, not its weights; the folder, or None if that fails."""
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(repo, allow_patterns=checkpoints.ASSETS))
-    except Exception as error:  # the Hub's errors are many; each says what to do
-        terminal.warn(f"{repo}: {error}")
-        return None
 
 
 def _tokenizer_problems(args, source):

@@ -25,9 +25,9 @@ TRAINING = """
 """
 # Frozen: a flag may be added here, never taken away or renamed.
 FLAGS = {
-    "convert_ckpt/convert_from_hf_to_nemo.py": "--source --output_path --overwrite --verify --dry_run",
+    "convert_ckpt/convert_from_hf_to_nemo.py": "--source --revision --output_path --overwrite --verify --dry_run",
     "convert_ckpt/convert_from_nemo_to_hf.py": """
-        --source --output_path --overwrite --max_shard_size --verify --dry_run
+        --source --output_path --overwrite --max_shard_size --verify --push_to_hub --private --dry_run
     """,
     "data/download_pretrain_data.py": "--dataset --split --text_column --limit --output_path --overwrite --dry_run",
     "data/make_tiny_model.py": """

@@ -12,6 +12,7 @@ from conftest import ROOT
 STDLIB_ONLY = (
     "arguments",
     "checkpoints",
+    "hub",
     "megatron_data",
     "models",
     "preflight",
