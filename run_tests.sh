@@ -10,4 +10,7 @@ if [ "${1:-}" = --full ]; then
 fi
 command -v nvidia-smi >/dev/null || marks="($marks) and not gpu"
 "$PYTHON" -m ruff --version >/dev/null 2>&1 && "$PYTHON" -m ruff check .
-exec "$PYTHON" -m pytest -m "$marks" "$@"
+[ $# -gt 0 ] && exec "$PYTHON" -m pytest -m "$marks" "$@"
+# First what takes seconds, then the rest in two processes: most of a test is an import of NeMo, which uses one core.
+"$PYTHON" -m pytest -q -m "($marks) and not nemo"
+exec "$PYTHON" -m pytest -m "($marks) and nemo" -n 2 --dist loadfile --durations=10
