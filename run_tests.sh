@@ -13,4 +13,7 @@ command -v nvidia-smi >/dev/null || marks="($marks) and not gpu"
 [ $# -gt 0 ] && exec "$PYTHON" -m pytest -m "$marks" "$@"
 # First what takes seconds, then the rest in two processes: most of a test is an import of NeMo, which uses one core.
 "$PYTHON" -m pytest -q -m "($marks) and not nemo"
-exec "$PYTHON" -m pytest -m "($marks) and nemo" -n 2 --dist loadfile --durations=10
+two=""
+"$PYTHON" -c "import xdist" 2>/dev/null && two="-n 2 --dist loadfile"
+# shellcheck disable=SC2086
+exec "$PYTHON" -m pytest -m "($marks) and nemo" $two --durations=10

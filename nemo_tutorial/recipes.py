@@ -10,7 +10,7 @@ from nemo.collections import llm
 from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTokenizer
 from nemo.lightning import io
 
-from nemo_tutorial import callbacks, compat, cpu
+from nemo_tutorial import callbacks, compat, conversion, cpu, models
 
 # The fields of a NeMo config that say what the model is; all others say how it runs, and stay the recipe's.
 ARCHITECTURE = (
@@ -52,9 +52,9 @@ def checkpoint_config(path):
     return io.load_context(Path(path) / "context", subpath="model.config", build=False)
 
 
-def hf_config(folder, nemo_model):
-    """The NeMo config that NeMo's importer derives from a Hugging Face folder."""
-    return getattr(llm, nemo_model).importer(f"hf://{Path(folder).absolute()}").config
+def hf_config(folder):
+    """The NeMo config of a Hugging Face folder's model, as an import would have it."""
+    return conversion.importer(folder, models.from_hf(folder)).config
 
 
 def set_parallelism(recipe, args):

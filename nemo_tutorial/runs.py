@@ -19,7 +19,6 @@ class Source:
     resume_from: Path | None = None  # this run's own newest checkpoint: weights, optimizer, step, data order
     restore_from: Path | None = None  # another NeMo checkpoint: weights only
     hf_folder: Path | None = None  # shape and tokenizer only: random weights
-    nemo_model: str = ""
     run: Path | None = None
 
     def __str__(self):
@@ -37,7 +36,7 @@ class Source:
         # Copied, because NeMo stores the tokenizer's whole folder with each checkpoint: here, the weights too.
         folder = self.run / "nemo_tokenizer"
         checkpoints.copy_assets(self.hf_folder, folder)
-        return recipes.hf_config(self.hf_folder, self.nemo_model), folder
+        return recipes.hf_config(self.hf_folder), folder
 
 
 def folder(args):
@@ -160,7 +159,6 @@ def weights(args, fallback):
         if checkpoint is None and source.hf_folder is None:
             return source, None, []
         model = models.from_nemo(checkpoint) if checkpoint else models.from_hf(source.hf_folder)
-        source.nemo_model = model.family.nemo_model
     except ValueError as error:
         return source, None, [str(error)]
     return source, model, _tokenizer_problems(args, source)
