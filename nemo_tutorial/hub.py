@@ -34,13 +34,14 @@ def download_papers(repo, revision="main"):
 
 def download_weights(repo, papers):
     """Fetch the safetensors of the commit that `papers` is; the same folder. Raises ValueError with a sentence."""
-    names = ["*.safetensors"]
+    names, whole = ["*.safetensors"], any(papers.glob("*.safetensors"))
     if (papers / INDEX).is_file():  # what it doesn't list is a second copy of the weights
         try:
             names = sorted(set(json.loads((papers / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError):
+        except (ValueError, KeyError, TypeError, AttributeError):
             raise ValueError(f"{papers / INDEX} is no list of weights; name another --revision of {repo}") from None
-    if all(any(papers.glob(name)) for name in names):
+        whole = all((papers / name).is_file() for name in names)
+    if whole:
         return papers  # no network is needed
     _ask(repo, papers.name)
     folder = _download(repo, papers.name, names)
@@ -57,7 +58,7 @@ def _ask(repo, revision):
     from huggingface_hub import HfApi
 
     try:
-        _patiently(lambda: HfApi().model_info(repo, revision=revision, timeout=ANSWER))
+        _patiently(lambda: HfApi().model_info(repo, revision=revision, timeout=ANSWER), _busy)
     except Exception as error:  # those of the Hub and of requests have no common base
         raise ValueError(explain(error, repo, revision)) from None
 
@@ -67,22 +68,25 @@ def _download(repo, revision, patterns):
 
     wanted = {"revision": revision, "allow_patterns": patterns, "ignore_patterns": ["*/*"]}
     try:
-        return Path(_patiently(lambda: snapshot_download(repo, **wanted)))
+        # It asks again itself where the Hub fails; a download that broke off goes on where it was.
+        return Path(_patiently(lambda: snapshot_download(repo, **wanted), lambda e: _broken(e) or _status(e) == 429))
     except Exception as error:  # those of the Hub, of requests and of hf_xet have no common base
         raise ValueError(explain(error, repo, revision)) from None
 
 
-def _patiently(call):
-    """call(), again after each of WAITS while the Hub is busy or a download breaks off (it goes on where it was)."""
+def _patiently(call, passes):
+    """call(), again after each of WAITS as long as it fails with an error that passes."""
     for wait in (*WAITS, None):
         try:
             return call()
-        except OSError as error:  # all errors of requests and of the Hub are
-            status = _status(_cause(error))
-            busy = status == 429 or (status or 0) >= 500 or _broken(_cause(error))
-            if wait is None or not busy:
+        except OSError as error:  # all errors of requests are
+            if wait is None or not passes(_cause(error)):
                 raise
         time.sleep(wait)
+
+
+def _busy(error):
+    return _status(error) == 429 or (_status(error) or 0) >= 500
 
 
 def _cause(error):
@@ -130,18 +134,17 @@ def explain(error, repo, revision=None):
         return f"{hub} denies access to {repo} (403); give the token the right to {right} it: {hub}/settings/tokens"
     if status == 429:
         hint = "" if token else ", or log in for a higher limit: hf auth login"
-        return f"{hub} gets too many requests from here (429), for {repo}; run this again in some minutes{hint}"
+        return f"{hub} gets too many requests from here (429), for {repo}; try again in some minutes{hint}"
     if status is not None and status >= 500:
-        return f"{hub} fails ({status}), for {repo}; run this again later" + (
-            ", or name a local folder" if revision else ""
-        )
+        return f"{hub} fails ({status}), for {repo}; try again later" + (", or name a local folder" if revision else "")
     if isinstance(error, errors.OfflineModeIsEnabled):
         return f"HF_HUB_OFFLINE is set, so the Hub is not asked for {repo} at {revision}; unset it, or name a folder"
-    force = f"hf download {repo} --revision {revision} --include '*.safetensors' --force-download"
-    if _broken(error) and "Consistency" in str(error) or status == 416:
-        return f"the download of {repo} has not the size that the Hub says; start it over: {force}"
-    if _broken(error):
-        return f"the download of {repo} broke off; run this again: it goes on where it was"
+    if _broken(error) or status == 416:  # 416: what is there already is longer than the file
+        again = f"hf download {repo} --revision {revision} --include '*.safetensors' --force-download"
+        return (
+            f"the download of {repo} broke off; run this again: it goes on where it was. "
+            f"If that doesn't help, start the files over: {again}"
+        )
     if isinstance(error, (exceptions.ConnectionError, exceptions.Timeout)):
         return f"{hub} can't be reached, for {repo}; check the network and HF_ENDPOINT" + (
             ", or copy the model here and name its folder" if revision else ""
