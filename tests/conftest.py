@@ -36,6 +36,15 @@ LLAMA31_8B = {
 }
 
 
+@pytest.fixture(autouse=True)
+def environment():
+    """What Megatron leaves in this process' environment: its choice of attention, and a port, which stays taken."""
+    before = dict(os.environ)
+    yield
+    for name in os.environ.keys() - before.keys():
+        del os.environ[name]
+
+
 @pytest.fixture(scope="session")
 def root():
     """The repository root."""

@@ -102,14 +102,6 @@ def make_model(folder, family, fields, tokenizer):
         (folder / "generation_config.json").unlink(missing_ok=True)
 
 
-@pytest.fixture(autouse=True)
-def one_process(monkeypatch):
-    """Megatron leaves its choice of attention in the environment, and refuses a later model that wants another."""
-    for name in ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN"):
-        monkeypatch.setenv(name, "")
-        monkeypatch.delenv(name)
-
-
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenizer")
