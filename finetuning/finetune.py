@@ -90,9 +90,12 @@ def build_recipe(args, model, source):
     from nemo.collections import llm
     from nemo.collections.llm.gpt.data.packed_sequence import PackedSequenceSpecs
 
-    from nemo_tutorial import recipes
+    from nemo_tutorial import adapters, recipes
 
     recipe = recipes.start(model.recipe, "finetune_recipe", args)
+    inside = adapters.NORM_INSIDE.get(model.family.architecture)
+    if args.peft and inside:  # else the adapter could be neither merged nor exported
+        recipe.peft.target_modules = [name for name in adapters.LINEAR if name not in inside]
     recipes.set_model(recipe, args, *source.config_and_tokenizer())
     template = prompts.template(args.prompt_template, recipe.model.tokenizer)
     prompts.remove_stale_indexes(args.dataset_path)

@@ -21,6 +21,7 @@ from nemo_tutorial import checkpoints, conversion, models, terminal, weights
 
 A, B, MAGNITUDE = "linear_in.weight", "linear_out.weight", "weight_magnitude"  # NeMo's names
 PEFT = {A: "lora_A.weight", B: "lora_B.weight", MAGNITUDE: "lora_magnitude_vector"}
+LINEAR = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")  # what NeMo adapts
 # NeMo's Gemma 2 has a norm of the output inside these layers, and adds what the adapter says after that norm.
 NORM_INSIDE = {"Gemma2ForCausalLM": ("linear_proj", "linear_fc2")}
 
