@@ -30,6 +30,8 @@ def importer(folder, model):
     own = getattr(llm, model.family.nemo_model).importer(f"hf://{Path(folder).absolute()}")
 
     class Importer(type(own)):
+        trust_remote_code = False  # Qwen's ask for it
+
         @property
         def config(self):
             with _generation_config_optional():
@@ -65,11 +67,24 @@ def importer(folder, model):
 
 @contextlib.contextmanager
 def _generation_config_optional():
-    """Most of NeMo's importers stop at a folder without a generation_config.json, which many models lack."""
+    """Most of NeMo's importers stop at a folder without a generation_config.json, which many models lack.
+
+    And write a context that can't be loaded if it is one that transformers reads but won't save, as Llama 2's. (The
+    file itself is carried as it is.)
+    """
     own = GenerationConfig.from_pretrained
-    GenerationConfig.from_pretrained = lambda folder: (
-        own(folder) if (Path(folder.removeprefix("hf://")) / "generation_config.json").is_file() else None
-    )
+
+    def read(folder):
+        if not (Path(folder.removeprefix("hf://")) / "generation_config.json").is_file():
+            return None
+        found = own(folder)
+        try:
+            found.validate(strict=True)
+        except ValueError:
+            return None
+        return found
+
+    GenerationConfig.from_pretrained = read
     try:
         yield
     finally:

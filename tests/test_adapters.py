@@ -36,6 +36,7 @@ def make_adapter(base, output, scheme, tokens):
 
     model, trainer = conversion.exporter(base).nemo_load(base)
     before = nemo_logits(model, tokens)
+    model.trainer = trainer
     scheme(model)
     torch.manual_seed(2)
     with torch.no_grad():
@@ -54,7 +55,6 @@ def make_adapter(base, output, scheme, tokens):
     )
     (output / "weights/adapter_metadata.json").write_text(json.dumps({"model_ckpt_path": str(base)}))
     model.model_transform, model.__io__.model_transform = scheme, scheme.__io__
-    trainer.model = model
     TrainerContext.from_trainer(trainer).io_dump(output / "context", yaml_attrs=["model"])
     assert io.load_context(output / "context", subpath="model.model_transform").dim == scheme.dim
     return before, after

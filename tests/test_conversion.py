@@ -146,7 +146,9 @@ def test_damage_is_named(imported, tmp_path, what):
             said = str(error.value)
             shutil.rmtree(tmp_path / "export", ignore_errors=True)
             before_training = weights.problem(imported)
-            assert before_training == said and "module." in said and "its checksum is another" in said
+            for sentence in (said, before_training):
+                assert "module." in sentence and "its checksum is another" in sentence
+            assert file.name in before_training
         assert file.name in said, (file, said)
         file.write_bytes(data)
     assert checkpoints.problem(imported) is None and weights.problem(imported) is None
