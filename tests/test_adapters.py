@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, script
+from conftest import ROOT, script, touching
 from test_families import CASES, make_model
 
 from nemo_tutorial import checkpoints, models
@@ -98,7 +98,9 @@ def test_adapter_merged_and_in_peft(adapted, tmp_path, case, kind):
     source, base, adapter, tokens, before, after = adapted(case, kind)
     spread = after.std().item()
     assert (after - before).abs().max() > 0.3 * spread  # the adapter matters
-    adapters.merge(adapter, base, tmp_path / "merged")
+    with touching("/tmp/nemo_tokenizer") as touched:  # where stock NeMo's merge puts everyone's tokenizer
+        adapters.merge(adapter, base, tmp_path / "merged")
+    assert touched == []
     conversion.export(tmp_path / "merged", tmp_path / "hf")
     adapters.export(adapter, tmp_path / "peft", *checkpoints.hugging_face_base(adapter))
     with torch.no_grad():
@@ -142,7 +144,9 @@ def test_merged_as_stock_nemo_does(adapted, tmp_path):
 
     _, base, adapter, *_ = adapted("llama3", "LoRA", dtype="bfloat16")
     adapters.merge(adapter, base, tmp_path / "merged")
-    llm.peft.merge_lora(str(adapter), str(tmp_path / "stock"))
+    with touching("/tmp/nemo_tokenizer") as touched:
+        llm.peft.merge_lora(str(adapter), str(tmp_path / "stock"))
+    assert touched  # so that it would be seen
     ours, stock = nemo_tensors(tmp_path / "merged"), nemo_tensors(tmp_path / "stock")
     assert ours.keys() == stock.keys()
     for name, tensor in stock.items():

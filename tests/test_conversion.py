@@ -12,7 +12,7 @@ import zlib
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, script
+from conftest import ROOT, script, touching
 
 from nemo_tutorial import checkpoints
 
@@ -283,23 +283,14 @@ def test_no_shared_folder_is_touched(stages, tmp_path):
     """/tmp/nemo_tokenizer, where stock NeMo puts everyone's tokenizer, is neither read nor written; nothing stays."""
     from nemo_tutorial import conversion, models
 
-    touched, watching = [], [True]
-
-    def watch(event, arguments):
-        if watching and any("/tmp/nemo_tokenizer" in str(argument) for argument in arguments):
-            touched.append((event, arguments))
-
-    sys.addaudithook(watch)  # can't be taken away again
-    try:
-        source = stages / "hf_model/tiny"
-        before = set(Path(tempfile.gettempdir()).glob("nemo_tutorial_*"))
+    source = stages / "hf_model/tiny"
+    before = set(Path(tempfile.gettempdir()).glob("nemo_tutorial_*"))
+    with touching("/tmp/nemo_tokenizer") as touched:
         conversion.import_model(source, models.from_hf(source), tmp_path / "nemo")
         conversion.export(tmp_path / "nemo", tmp_path / "back")
-        gc.collect()
-        assert set(Path(tempfile.gettempdir()).glob("nemo_tutorial_*")) <= before
-    finally:
-        watching.clear()
     assert touched == []
+    gc.collect()
+    assert set(Path(tempfile.gettempdir()).glob("nemo_tutorial_*")) <= before
 
 
 # Imports NeMo once; each line of its input is then a command, run in a process of its own (fork): a script, its
