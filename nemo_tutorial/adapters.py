@@ -42,6 +42,13 @@ class Adapter:
         self.family = models.from_nemo(checkpoint).family
         ending = f".adapter.{A}"
         self.layers = [name.removesuffix(ending) for name in self.weights.meta if name.endswith(ending)]
+        ranks = [self.weights.pieces(f"{layer}.adapter.{B}") // (1 + ("linear_fc1" in layer)) for layer in self.layers]
+        if self.dora and max(ranks) > 1:
+            raise ValueError(
+                f"{checkpoint} is DoRA, trained with tensor parallelism: there NeMo takes the norms of each rank's part "
+                "of linear_proj and linear_fc2 for those of the whole, which no change of their weights does; "
+                "train it with --tensor_model_parallel_size 1"
+            )
         inside = NORM_INSIDE.get(self.family.architecture, ())
         bad = sorted({layer.rpartition(".")[2] for layer in self.layers if layer.endswith(inside)} if inside else ())
         if bad:
@@ -54,15 +61,11 @@ class Adapter:
         """A (rank x inputs), B (outputs x rank) or MAGNITUDE (outputs) of a layer, its rows as the weight has them."""
         name = f"{layer}.adapter.{name}"
         tensor = self.weights[name]
-        # Trained with TP, NeMo saves two of them in another order than the weights.
-        if layer.endswith("linear_fc1"):
-            if name.endswith(B) and not self.family.gated:  # as halves of a gated layer, which it is not
-                halves = tensor.chunk(self.weights.pieces(name))
-                middle = len(halves) // 2
-                tensor = torch.cat([part for pair in zip(halves[:middle], halves[middle:]) for part in pair])
-            if name.endswith(MAGNITUDE) and self.family.gated:  # rank by rank, each with both halves
-                parts = tensor.chunk(2 * self.weights.pieces(name))
-                tensor = torch.cat([*parts[::2], *parts[1::2]])
+        if layer.endswith("linear_fc1") and name.endswith(B) and not self.family.gated:
+            # NeMo saves it as if it were gated: the first half of every rank's part, then the second halves.
+            halves = tensor.chunk(self.weights.pieces(name))
+            middle = len(halves) // 2
+            tensor = torch.cat([part for pair in zip(halves[:middle], halves[middle:]) for part in pair])
         return tensor
 
 

@@ -169,6 +169,43 @@ def test_other_adapters_are_refused(adapted, tmp_path, monkeypatch):
         adapters.Adapter(other)
 
 
+def test_dora_with_tensor_parallelism_is_refused(adapted, monkeypatch):
+    from nemo_tutorial import adapters, weights
+
+    *_, adapter, _, _, _ = adapted("llama3", "DoRA")
+    adapters.Adapter(adapter)
+    monkeypatch.setattr(weights.Megatron, "pieces", lambda self, name: 2)  # as saved by two ranks
+    with pytest.raises(ValueError, match="trained with tensor parallelism.*--tensor_model_parallel_size 1"):
+        adapters.Adapter(adapter)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_rows_of_a_layer_that_is_not_gated(ranks):
+    """Nemotron's B of linear_fc1, as Megatron's own function lays out the ranks' parts in a checkpoint."""
+    import torch
+    from megatron.core.dist_checkpointing import ShardedTensor
+    from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
+
+    from nemo_tutorial import adapters
+
+    whole = torch.randn(24, 3)
+    saved = torch.zeros_like(whole)
+    for rank, part in enumerate(whole.chunk(ranks)):
+        sharded = ShardedTensor.from_rank_offsets("B", part, (0, rank, ranks))
+        for half in apply_swiglu_sharded_factory(sharded, ()).build():
+            start = half.global_offset[0]
+            saved[start : start + half.local_shape[0]] = half.data
+
+    class Saved(dict):
+        def pieces(self, name):
+            return 2 * ranks
+
+    adapter = object.__new__(adapters.Adapter)
+    adapter.family = next(family for family in models.FAMILIES if not family.gated)
+    adapter.weights = Saved({f"mlp.linear_fc1.adapter.{adapters.B}": saved})
+    assert adapter.part("mlp.linear_fc1", adapters.B).equal(whole)
+
+
 def test_a_run_from_beginning_to_end(stages, tmp_path):
     """finetune.py --peft lora; merged, exported, and as an adapter from the run's folder, by the scripts."""
     import torch

@@ -467,6 +467,11 @@ def test_adapter_is_neither_exported_nor_trained_on(refused):
     refused(finetune.main, tuning(nemo_model="lora"), "--nemo_model lora", "finetuning/merge_lora.py")
 
 
+def test_dora_with_tensor_parallelism(refused):
+    argv = tuning(peft="dora", num_gpus=2, tensor_model_parallel_size=2)
+    refused(finetune.main, argv, "--peft dora with --tensor_model_parallel_size 2", "--peft lora")
+
+
 def test_adapter_only(refused):
     nemo_checkpoint("lora", adapter_of="ckpt")
     refused(exporter.main, ["--source", "lora", "--output_path", "out"], "merge it first", "--adapter_only")
