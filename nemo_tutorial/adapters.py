@@ -45,7 +45,7 @@ class Adapter:
         ranks = [self.weights.pieces(f"{layer}.adapter.{B}") // (1 + ("linear_fc1" in layer)) for layer in self.layers]
         if self.dora and max(ranks) > 1:
             raise ValueError(
-                f"{checkpoint} is DoRA, trained with tensor parallelism: there NeMo takes the norms of each rank's part "
+                f"{checkpoint} is DoRA with tensor parallelism: NeMo takes the norms of each rank's part there "
                 "of linear_proj and linear_fc2 for those of the whole, which no change of their weights does; "
                 "train it with --tensor_model_parallel_size 1"
             )
