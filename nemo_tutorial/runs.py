@@ -198,7 +198,7 @@ def model_problems(args, model):
     """Fill in the sequence length, and check what depends on the model's shape."""
     if args.seq_length is None:
         limits = (model.max_position_embeddings, model.sliding_window) if model else ()
-        args.seq_length = min(8192, *(limit for limit in limits if limit), 8192)
+        args.seq_length = min([8192, *(limit for limit in limits if limit)])
     if model is None:
         return preflight.sequence_problems(args)
     if args.seq_length > model.max_position_embeddings:
