@@ -215,7 +215,7 @@ def compare_logits(checkpoint, folder):
     nemo = nemo.eval().to(device)
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval().to(device)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    largest, agree, count, spread = 0.0, 0, 0, 0.0
+    largest, agree, count, error, spread = 0.0, 0, 0, 0.0, 0.0
     with torch.no_grad():
         for prompt in PROMPTS:
             tokens = tokenizer(prompt, return_tensors="pt").input_ids.to(device)
@@ -224,13 +224,21 @@ def compare_logits(checkpoint, folder):
             ours = nemo(tokens, torch.arange(length, device=device)[None], attention_mask=mask).float()
             want = theirs(tokens).logits.float()
             ours = ours[..., : want.shape[-1]]
-            largest, spread = max(largest, (ours - want).abs().max().item()), max(spread, want.std().item())
+            largest = max(largest, (ours - want).abs().max().item())
+            error = max(error, ((ours - want).square().mean().sqrt() / want.std()).item())
+            spread = max(spread, want.std().item())
             agree, count = agree + (ours.argmax(-1) == want.argmax(-1)).sum().item(), count + length
         reply = theirs.generate(tokens, max_new_tokens=20, do_sample=False)
-    if largest > 0.1 * spread:
-        raise ValueError(f"NeMo's logits differ from transformers' by up to {largest:.3g} (their spread: {spread:.3g})")
+    # By root mean square: two right bf16 models of 2 to 32 layers differ by 0.01 to 0.05 of the spread, wrong ones by
+    # 0.14 and more. The largest of millions of differences grows with the vocabulary alone.
+    if error > 0.1:
+        raise ValueError(
+            f"NeMo's logits differ from transformers' by {error:.1%} of their spread {spread:.3g} (root mean square), "
+            f"and by up to {largest:.3g}"
+        )
     return [
-        ("logits", f"differ by at most {largest:.2g} (spread {spread:.2g}); {agree} of {count} greedy tokens agree"),
+        ("logits", f"differ by at most {largest:.2g}, {error:.1%} of the spread {spread:.2g} in the mean"),
+        ("greedy tokens", f"{agree} of {count} agree"),
         ("sentence", tokenizer.decode(reply[0])),
     ]
 
