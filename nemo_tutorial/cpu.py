@@ -123,6 +123,9 @@ def _patch_torch():
     for name in (names + " empty_like zeros_like ones_like full_like rand_like randn_like").split():
         setattr(torch, name, _factory(getattr(torch, name)))
 
+    # Tokens on their way to experts in other processes.
+    torch.Tensor.new_empty = _factory(torch.Tensor.new_empty)
+
     # Batches, metrics and modules are moved with .to("cuda"), .cuda() and .pin_memory(): the same error.
     tensor, module, tensor_type = torch.Tensor, torch.nn.Module, torch.Tensor.type
     tensor.to, module.to = _mover(tensor.to), _mover(module.to)

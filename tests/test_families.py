@@ -157,7 +157,10 @@ def make_model(folder, family, fields, tokenizer):
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             size = sharp if "q_proj.w" in name or "k_proj.w" in name or "qkv" in name else 0.05
-            size = 0.2 if name.endswith(".gate.weight") else size  # few tokens are near two experts
+            if name.endswith(".gate.weight"):
+                size = 0.2  # few tokens are near two experts
+            if ".experts." in name:
+                size = 0.15  # what the experts add counts
             parameter.add_(torch.randn_like(parameter) * (0.3 if parameter.dim() == 1 else size))
     model.to(dtype).save_pretrained(folder)
     for file in checkpoints.ASSETS:
