@@ -59,6 +59,7 @@ def importer(folder, model):
                 make = weights.writer(parameters, table, source, progress)
                 trainer.strategy.unwrapped_checkpoint_io._save_sharded_strategy = weights.Streamed(make)
                 self.nemo_save(output_path, trainer)
+            trainer.strategy._lightning_module = None  # on a GPU's machine it is without values: nothing to move
             teardown(trainer, target)
             return output_path
 
