@@ -33,9 +33,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from nemo_tutorial import terminal
 
 ROOT = Path(__file__).resolve().parents[1]
-SHAPES = {  # Llama-3.2's
-    "1B": {"num_hidden_layers": 16, "hidden_size": 2048, "num_attention_heads": 32, "head_dim": 64},
-    "3B": {"num_hidden_layers": 28, "hidden_size": 3072, "num_attention_heads": 24, "head_dim": 128},
+LLAMA32 = {"intermediate_size": 8192, "tie_word_embeddings": True}
+SHAPES = {  # Llama 3.2's and 3.1's
+    "1B": LLAMA32 | {"num_hidden_layers": 16, "hidden_size": 2048, "num_attention_heads": 32, "head_dim": 64},
+    "3B": LLAMA32 | {"num_hidden_layers": 28, "hidden_size": 3072, "num_attention_heads": 24, "head_dim": 128},
+    "8B": {
+        "num_hidden_layers": 32,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_attention_heads": 32,
+        "head_dim": 128,
+        "tie_word_embeddings": False,
+    },
 }
 RUNS = [
     ("ours", "import", "none"),
@@ -55,22 +64,25 @@ def make_model(folder, name):
     command = [sys.executable, str(ROOT / "data/make_tiny_model.py"), "--output_path", str(folder)]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     config = json.loads((folder / "config.json").read_text())
-    config |= SHAPES[name] | {"intermediate_size": 8192, "num_key_value_heads": 8, "vocab_size": 128256}
-    config["tie_word_embeddings"] = True
+    config |= SHAPES[name] | {"num_key_value_heads": 8, "vocab_size": 128256}
     (folder / "config.json").write_text(json.dumps(config, indent=2))
     (folder / "model.safetensors").unlink()
-    generator = torch.Generator().manual_seed(0)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    generator = torch.Generator(device).manual_seed(0)
     hidden, inner = config["hidden_size"], config["intermediate_size"]
     queries, keys = (config[heads] * config["head_dim"] for heads in ("num_attention_heads", "num_key_value_heads"))
 
     def random(*shape):
-        return torch.randint(-(2**15), 2**15, shape, dtype=torch.int16, generator=generator).to(torch.bfloat16) / 2**20
+        values = torch.randint(-(2**15), 2**15, shape, dtype=torch.int16, generator=generator, device=device)
+        return (values.to(torch.bfloat16) / 2**20 + (len(shape) == 1)).cpu()  # norms around 1
 
     places = {}
     for layer in range(-1, config["num_hidden_layers"]):
         file, prefix = f"model-{layer + 1:05}.safetensors", f"model.layers.{layer}."
         if layer < 0:
             tensors = {"model.embed_tokens.weight": random(128256, hidden), "model.norm.weight": random(hidden)}
+            if not config["tie_word_embeddings"]:
+                tensors["lm_head.weight"] = random(128256, hidden)
         else:
             tensors = {
                 "self_attn.q_proj.weight": random(queries, hidden),

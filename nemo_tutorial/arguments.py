@@ -186,6 +186,9 @@ def add_parallelism(parser):
     group.add_argument("-T", "--tensor_model_parallel_size", type=positive, default=1, help="[1]")
     group.add_argument("-P", "--pipeline_model_parallel_size", type=positive, default=1, help="[1]")
     group.add_argument("-C", "--context_parallel_size", type=positive, default=1, help="[1]")
+    group.add_argument(
+        "--expert_model_parallel_size", type=positive, default=1, help="mixtures of experts: GPUs that share them [1]"
+    )
     # Not BooleanOptionalAction: its --no-sequence_parallel would be out of reach, because `-` becomes `_`.
     group.add_argument(
         "--sequence_parallel",

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import psutil
 import torch
+import transformers
 from nemo.collections import llm
 from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTokenizer as Tokenizer
 from nemo.lightning import io, teardown
@@ -34,7 +35,7 @@ def importer(folder, model):
 
         @property
         def config(self):
-            with _generation_config_optional():
+            with _importers_mended(model.family):
                 config = super().config
             return _exact(config, AutoConfig.from_pretrained(folder), model.family)
 
@@ -66,13 +67,14 @@ def importer(folder, model):
 
 
 @contextlib.contextmanager
-def _generation_config_optional():
+def _importers_mended(family):
     """Most of NeMo's importers stop at a folder without a generation_config.json, which many models lack.
 
     And write a context that can't be loaded if it is one that transformers reads but won't save, as Llama 2's. (The
-    file itself is carried as it is.)
+    file itself is carried as it is.) That of Gemma 2 reads config.json as Gemma's, which knows no defaults of Gemma 2's
+    own fields.
     """
-    own = GenerationConfig.from_pretrained
+    own, gemma = GenerationConfig.from_pretrained, transformers.GemmaConfig
 
     def read(folder):
         if not (Path(folder.removeprefix("hf://")) / "generation_config.json").is_file():
@@ -85,10 +87,12 @@ def _generation_config_optional():
         return found
 
     GenerationConfig.from_pretrained = read
+    if family.nemo_model == "Gemma2Model":
+        transformers.GemmaConfig = transformers.Gemma2Config
     try:
         yield
     finally:
-        GenerationConfig.from_pretrained = own
+        GenerationConfig.from_pretrained, transformers.GemmaConfig = own, gemma
 
 
 def _exact(config, hf, family):
@@ -103,6 +107,12 @@ def _exact(config, hf, family):
         "seq_length": hf.max_position_embeddings,  # Mistral's takes the window
         "rotary_base": hf.rope_theta,  # Gemma's and others' leave some of these out
     }
+    if family.experts:  # Qwen3's takes its class's numbers
+        fields["num_moe_experts"] = getattr(hf, family.experts["num_experts"])
+        fields["moe_router_topk"] = hf.num_experts_per_tok
+        fields["moe_ffn_hidden_size"] = getattr(hf, family.experts["moe_intermediate_size"])
+        # Whether the chosen experts' weights are of all experts' softmax, or add up to 1, as Mixtral's always do.
+        fields["moe_router_pre_softmax"] = not getattr(hf, "norm_topk_prob", True)
     if family.partial_rotary:
         fields["rotary_percent"] = hf.partial_rotary_factor
     if family.window:
@@ -126,12 +136,14 @@ def _exact(config, hf, family):
 
 
 def nemo_parameters(model):
-    """A model's parameters by their names in NeMo's tables, which know Transformer Engine's layers only."""
+    """A NeMo model's parameters by their names in NeMo's tables, which know Transformer Engine's layers only."""
+    local_names = {} if torch.cuda.is_available() else nemo_tutorial.cpu.LOCAL_NAMES
     found = {}
     for name, parameter in model.named_parameters():
-        name = name.removeprefix("module.")
-        if not torch.cuda.is_available():
-            for te, local in nemo_tutorial.cpu.LOCAL_NAMES.items():
+        name = weights.one_by_one(name.removeprefix("module."))
+        for te, local in local_names.items():
+            # Experts have their norm before them in Transformer Engine's layers too.
+            if not (model.config.num_moe_experts and ".mlp." in te):
                 name = name.replace(local, te)
         found[name] = parameter
     return found
@@ -147,6 +159,7 @@ def write_nemo(connector, model, trainer, tensor, output, what):
         make = weights.writer(parameters, tensor, progress)
         trainer.strategy.unwrapped_checkpoint_io._save_sharded_strategy = weights.Streamed(make)
         connector.nemo_save(output, trainer)
+    trainer.strategy._lightning_module = None  # on a GPU's machine it is without values: nothing to move
     teardown(trainer, model)
 
 
@@ -164,6 +177,7 @@ def exporter(checkpoint, target="hf"):
                 return AutoConfig.from_pretrained(folder)
             config = super().config
             config.vocab_size = io.load_context(checkpoint / "context", subpath="model.config").vocab_size
+            config.architectures = [models.from_nemo(checkpoint).family.architecture]  # Qwen3's names no experts
             return config
 
     return Exporter(str(checkpoint))
@@ -242,9 +256,10 @@ def compare_logits(checkpoint, folder):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     nemo, _ = exporter(Path(checkpoint)).nemo_load(Path(checkpoint))
     nemo = nemo.eval().to(device)
-    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval().to(device)
+    # "eager": transformers' faster ways of attention leave out Gemma 2's soft caps.
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", attn_implementation="eager").eval().to(device)
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=models.tokenizer_code(folder))
-    largest, agree, count, spread = 0.0, 0, 0, 0.0
+    largest, agree, count, error, spread = 0.0, 0, 0, 0.0, 0.0
     with torch.no_grad():
         for prompt in PROMPTS:
             tokens = tokenizer(prompt, return_tensors="pt").input_ids.to(device)
@@ -253,12 +268,22 @@ def compare_logits(checkpoint, folder):
             ours = nemo(tokens, torch.arange(length, device=device)[None], attention_mask=mask).float()
             want = theirs(tokens).logits.float()
             ours = ours[..., : want.shape[-1]]
-            largest, spread = max(largest, (ours - want).abs().max().item()), max(spread, want.std().item())
+            largest = max(largest, (ours - want).abs().max().item())
+            by_token = ((ours - want).square().mean(-1).sqrt() / want.std()).flatten()
+            # Rounding sends a token now and then to another expert in one of the two models: there, most tokens count.
+            typical = by_token.median() if nemo.config.num_moe_experts else by_token.square().mean().sqrt()
+            error, spread = max(error, typical.item()), max(spread, want.std().item())
             agree, count = agree + (ours.argmax(-1) == want.argmax(-1)).sum().item(), count + length
-    if largest > 0.1 * spread:
-        raise ValueError(f"NeMo's logits differ from transformers' by up to {largest:.3g} (their spread: {spread:.3g})")
+    # By root mean square: two right bf16 models of 2 to 32 layers differ by 0.01 to 0.05 of the spread, wrong ones by
+    # 0.14 and more. The largest of millions of differences grows with the vocabulary alone.
+    if error > 0.1:
+        raise ValueError(
+            f"NeMo's logits differ from transformers' by {error:.1%} of their spread {spread:.3g} (root mean square), "
+            f"and by up to {largest:.3g}"
+        )
     return [
-        ("logits", f"differ by at most {largest:.2g} (spread {spread:.2g}); {agree} of {count} greedy tokens agree"),
+        ("logits", f"differ by at most {largest:.2g}, {error:.1%} of the spread {spread:.2g} in the mean"),
+        ("greedy tokens", f"{agree} of {count} agree"),
     ]
 
 

@@ -205,7 +205,9 @@ def _tokenizer_problems(args, source):
 
 def model_problems(args, model):
     """Fill in the sequence length, and check what depends on the model's shape."""
-    args.seq_length = args.seq_length or (min(8192, model.max_position_embeddings) if model else 8192)
+    if args.seq_length is None:
+        limits = (model.max_position_embeddings, model.sliding_window) if model else ()
+        args.seq_length = min([8192, *(limit for limit in limits if limit)])
     if model is None:
         return preflight.sequence_problems(args)
     if args.seq_length > model.max_position_embeddings:
@@ -245,7 +247,8 @@ def describe(args, model, source):
             (
                 "shape",
                 f"{model.family.architecture}, {terminal.number(model.parameters)} parameters, "
-                f"{model.num_hidden_layers} layers, hidden {model.hidden_size}, vocabulary {model.vocab_size}",
+                + (f"{terminal.number(model.active_parameters)} of them active, " if model.num_experts else "")
+                + f"{model.num_hidden_layers} layers, hidden {model.hidden_size}, vocabulary {model.vocab_size}",
             ),
             ("recipe", model.recipe + (f", {args.peft}" if args.peft else "")),
         ],
@@ -262,6 +265,7 @@ def describe(args, model, source):
                 "parallel",
                 f"TP {args.tensor_model_parallel_size} x PP {args.pipeline_model_parallel_size} x "
                 f"CP {args.context_parallel_size} x DP {dp}"
+                + (f", experts over {args.expert_model_parallel_size}" if args.expert_model_parallel_size > 1 else "")
                 + (", sequence parallel" if args.sequence_parallel else ""),
             ),
             ("precision", f"FP8 {args.fp8_recipe or 'delayed_scaling'}" if args.fp8 else args.precision),

@@ -32,6 +32,7 @@ from nemo_tutorial import checkpoints, models, terminal
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}  # safetensors' names
 LAYER = re.compile(r"(decoder\.layers)\.(?!\d)")
+EXPERTS = re.compile(r"(\.mlp\.experts)\.experts\.")
 
 
 def like(shape, dtype):
@@ -47,6 +48,14 @@ def size(tensors):
 def bits(tensor):
     """The bytes of a tensor, as numpy's."""
     return tensor.contiguous().view(torch.uint8).numpy()
+
+
+def one_by_one(name):
+    """A parameter's name, or a table's pattern of names, of grouped experts -> as if each were a module of its own.
+
+    A checkpoint is the same for both; some of NeMo's tables are for the one, some for the other.
+    """
+    return re.sub(r"(\.mlp\.experts)\.(linear_fc[12]\.weight)(\d+|\*)$", r"\1.local_experts.\3.\2", name)
 
 
 class HuggingFace:
@@ -75,7 +84,7 @@ class HuggingFace:
 
 
 class Megatron:
-    """The weights of a NeMo checkpoint, layer by layer: `meta` as above; [name] reads one, from any TP and PP.
+    """The weights of a NeMo checkpoint of any TP, PP and EP, by layer and expert: `meta` as above; [name] reads one.
 
     Ours, because torch's reader holds a tensor twice. Records are mapped, and nothing of them is unpickled.
     """
@@ -92,27 +101,25 @@ class Megatron:
                 continue  # optimizer state, random generators, Transformer Engine's extra state
             self._chunks[key] = [(tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in entry.chunks]
             name, size, dtype = key.removeprefix("module."), tuple(entry.size), entry.properties.dtype
-            if LAYER.search(name):  # one tensor for all layers: the first dimension is the layer
-                for layer in range(size[0]):
-                    own = LAYER.sub(rf"\1.{layer}.", name)
-                    self.meta[own], self._where[own] = like(size[1:], dtype), (key, layer)
-            else:
-                self.meta[name], self._where[name] = like(size, dtype), (key, None)
+            # One tensor for all layers, and one for all experts of them: these are its first dimensions.
+            places = [LAYER.search(name), EXPERTS.search(name)]
+            for index in np.ndindex(size[: sum(place is not None for place in places)]):
+                own = LAYER.sub(rf"\1.{index[0]}.", name) if index else name
+                own = EXPERTS.sub(rf"\1.local_experts.{index[-1]}.", own) if len(index) > 1 else own
+                self.meta[own], self._where[own] = like(size[len(index) :], dtype), (key, index)
 
     def __getitem__(self, name):
-        (key, layer), shape, dtype = self._where[name], tuple(self.meta[name].shape), self.meta[name].dtype
+        (key, index), shape, dtype = self._where[name], tuple(self.meta[name].shape), self.meta[name].dtype
         out = torch.empty(shape, dtype=dtype)
         integer = np.dtype(f"u{dtype.itemsize}")
         target, filled = bits(out).view(integer).reshape(shape), 0
         for offsets, sizes in self._chunks[key]:
-            if layer is not None:
-                if not offsets[0] <= layer < offsets[0] + sizes[0]:
-                    continue
-                part = self._record(key, offsets, sizes, integer)[layer - offsets[0]]
-                offsets, sizes = offsets[1:], sizes[1:]
-            else:
-                part = self._record(key, offsets, sizes, integer)
-            target[tuple(slice(start, start + size) for start, size in zip(offsets, sizes))] = part
+            inside = tuple(at - start for at, start in zip(index, offsets))
+            if not all(0 <= at < size for at, size in zip(inside, sizes)):
+                continue
+            part = self._record(key, offsets, sizes, integer)[inside]
+            region = list(zip(offsets, sizes))[len(index) :]
+            target[tuple(slice(start, start + size) for start, size in region)] = part
             filled += part.size
         if filled != target.size:
             raise ValueError(f"{self.folder}: {key} has {filled} of {target.size} values")
@@ -338,7 +345,15 @@ def _entries(connector, source_config, target_config):
         connector.convert_state(SimpleNamespace(config=source_config), SimpleNamespace(config=target_config))
     finally:
         io.apply_transforms = own
+    for entry in found:
+        entry.source_key, entry.target_key = map(_one_by_one_each, (entry.source_key, entry.target_key))
     return found
+
+
+def _one_by_one_each(keys):
+    if isinstance(keys, dict):
+        return {name: one_by_one(key) for name, key in keys.items()}
+    return one_by_one(keys) if isinstance(keys, str) else tuple(map(one_by_one, keys))
 
 
 def _found(keys, names):

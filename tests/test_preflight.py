@@ -233,6 +233,52 @@ LAYOUT = [
 ]
 
 
+EXPERTS = [
+    ({"num_gpus": 4, "expert_model_parallel_size": 4}, ["--expert_model_parallel_size 4", "6 experts", "1, 2, 3, 6"]),
+    (
+        {"num_gpus": 4, "expert_model_parallel_size": 3},
+        ["--expert_model_parallel_size 3", "4 GPUs of a pipeline stage", "use one of 1, 2"],
+    ),
+    ({"num_gpus": 2, "tensor_model_parallel_size": 2, "no_sequence_parallel": True}, ["--no_sequence_parallel"]),
+]
+
+
+@pytest.mark.parametrize("changes, parts", EXPERTS, ids=["-".join(changes) for changes, _ in EXPERTS])
+def test_experts(work, refused, changes, parts):
+    nemo_checkpoint("moe", nemo_model="MixtralModel", num_moe_experts=6, moe_router_topk=2)
+    refused(pretrain.main, pretraining(nemo_model="moe", **changes), *parts)
+    with pytest.raises(AssertionError, match="^accepted$"):
+        pretrain.main(pretraining(nemo_model="moe", num_gpus=4, expert_model_parallel_size=2))
+
+
+def test_a_model_without_experts(refused):
+    changes = {"num_gpus": 2, "expert_model_parallel_size": 2}
+    refused(pretrain.main, pretraining(**changes), "--expert_model_parallel_size 2", "no experts")
+
+
+@pytest.fixture
+def gemma2(work):
+    """A Gemma 2 with a window of 48 tokens."""
+    papers = nemo_checkpoint("gemma2", nemo_model="Gemma2Model") / "context/nemo_tokenizer/config.json"
+    papers.write_text(json.dumps(HF_CONFIG | {"architectures": ["Gemma2ForCausalLM"], "sliding_window": 48}))
+    return "gemma2"
+
+
+def test_the_window_of_gemma_2(gemma2, refused, capsys):
+    """NeMo has it in other layers than transformers: samples stay within it, by default too."""
+    argv = pretraining(nemo_model=gemma2)
+    refused(pretrain.main, argv, "--seq_length 64", "the model's window of 48 tokens", "use --seq_length 48")
+    with pytest.raises(AssertionError, match="^accepted$"):
+        pretrain.main(pretraining(nemo_model=gemma2, seq_length=None))
+    assert "4 samples x 48" in capsys.readouterr().out
+
+
+def test_what_nemos_attention_of_gemma_2_cannot_do(gemma2, refused):
+    flags = {"nemo_model": gemma2, "accelerator": "gpu", "num_gpus": 2, "seq_length": 48}
+    refused(pretrain.main, pretraining(context_parallel_size=2, **flags), "--context_parallel_size 2", "Gemma2Model")
+    refused(finetune.main, tuning(packed_sequence_size=48, **flags), "--packed_sequence_size 48", "Gemma2Model")
+
+
 @pytest.mark.parametrize("changes, parts", LAYOUT, ids=["-".join(changes) for changes, _ in LAYOUT])
 def test_layout(refused, changes, parts):
     refused(pretrain.main, pretraining(**changes), *parts)
