@@ -190,6 +190,23 @@ def supported():
     return ", ".join(family.architecture for family in FAMILIES)
 
 
+def remote_code(folder):
+    """The files of a Hugging Face folder that ask to run code of the model's own (auto_map)."""
+    found = []
+    for name in ("config.json", "tokenizer_config.json"):
+        try:
+            if json.loads((Path(folder) / name).read_text(encoding="utf-8")).get("auto_map"):
+                found.append(name)
+        except (OSError, ValueError, AttributeError):
+            pass
+    return found
+
+
+def tokenizer_code(folder):
+    """Whether a folder's tokenizer runs code of its own. Where it does, --trust_remote_code was given on import."""
+    return "tokenizer_config.json" in remote_code(folder)
+
+
 def from_config(path):
     """Read a `config.json`. Raises ValueError in a sentence for a reader if it can't be used."""
     path = Path(path)
@@ -201,8 +218,6 @@ def from_config(path):
     family = next((f for f in FAMILIES if f.architecture == architecture), None)
     if family is None:
         raise ValueError(f"{path} says {architecture}, which can't be converted. Supported: {supported()}")
-    if config.get("auto_map"):
-        raise ValueError(f"{path} asks to run code of its own (auto_map), which is never done here")
     refused = _refused(config, family)
     if refused:
         raise ValueError(f"{path} has {', '.join(refused)}: NeMo's {family.nemo_model} would compute something else")
@@ -356,7 +371,7 @@ def is_hub_id(name):
     return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", name)) and not Path(name).exists()
 
 
-def from_hf(folder):
+def from_hf(folder, trust_remote_code=False):
     """Read a local Hugging Face model folder. Raises ValueError in a sentence for a reader if it can't be used."""
     folder = Path(folder)
     if not folder.is_dir():
@@ -364,6 +379,11 @@ def from_hf(folder):
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} has no config.json, so it is not a Hugging Face model folder")
     model = from_config(folder / "config.json")
+    for name in remote_code(folder) if not trust_remote_code else ():
+        raise ValueError(
+            f"{folder / name} asks to run code of its own (auto_map); read that code, and if you trust it, "
+            "import the model with --trust_remote_code"
+        )
     if not (folder / "tokenizer.json").is_file() and not (folder / "tokenizer.model").is_file():
         raise ValueError(f"{folder} has no tokenizer.json or tokenizer.model; download the whole model again")
     return model

@@ -272,7 +272,7 @@ def output_problems(args, inputs=()):
 
 def _made_by_us(folder):
     """Whether a folder is a NeMo checkpoint, a Hugging Face model, instruction data, or empty."""
-    signs = ("weights", "context", "config.json", "training.jsonl")
+    signs = ("weights", "context", "config.json", "adapter_config.json", "training.jsonl")
     return any((folder / sign).exists() for sign in signs) or not any(folder.iterdir())
 
 

@@ -47,6 +47,8 @@ def set_model(recipe, args, config, tokenizer_folder):
     fields = {name: getattr(config, name) for name in ARCHITECTURE if hasattr(config, name)}
     model_cls = fdl.get_callable(recipe.model)
     tokenizer = run.Config(AutoTokenizer, str(Path(tokenizer_folder).absolute()), use_fast=True)
+    if models.tokenizer_code(tokenizer_folder):
+        tokenizer.trust_remote_code = True
     recipe.model = run.Config(model_cls, config=run.Config(cls, **fields), tokenizer=tokenizer)
     recipe.model.config.seq_length = args.seq_length
 

@@ -26,6 +26,13 @@ class Source:
             return f"goes on from step {checkpoints.step(self.resume_from)} of {self.resume_from}"
         return str(self.restore_from) if self.restore_from else f"random, shape of {self.hf_folder}"
 
+    def checkpoints(self):
+        """The checkpoints that NeMo will read: the one above, and the base model if that is an adapter."""
+        found = [path for path in (self.resume_from or self.restore_from,) if path]
+        if found and checkpoints.is_adapter(found[0]):
+            found.append(Path(checkpoints.adapter_base(found[0])))
+        return found
+
     def config_and_tokenizer(self):
         """The model's NeMo config, and the folder of its tokenizer."""
         from nemo_tutorial import recipes
@@ -158,10 +165,12 @@ def weights(args, fallback):
         checkpoint = source.resume_from or source.restore_from
         if checkpoint is None and source.hf_folder is None:
             return source, None, []
+        for base in source.checkpoints()[1:]:
+            problems += preflight.checkpoint_problems(f"the base model of {checkpoint}", base)
         model = models.from_nemo(checkpoint) if checkpoint else models.from_hf(source.hf_folder)
     except ValueError as error:
         return source, None, [str(error)]
-    return source, model, _tokenizer_problems(args, source)
+    return source, model, problems + _tokenizer_problems(args, source)
 
 
 def _from_scratch(args, source):
@@ -296,6 +305,8 @@ def start(args, stage, source, build_recipe):
         print(recipes.as_text(recipe))
         executors.launch_text(recipe, args, stage)
         return
+    for checkpoint in source.checkpoints():
+        _check_content(checkpoint)
     run = folder(args)
     (run / "record").mkdir(parents=True, exist_ok=True)
     history = record(run)
@@ -318,6 +329,19 @@ def start(args, stage, source, build_recipe):
     terminal.describe(f"{stage} in {run}", rows)
     # Not sys.exit: threads of NeMo-Run and of the loggers may still wait for a job that is gone.
     os._exit(code)
+
+
+def _check_content(checkpoint):
+    """Read all of a checkpoint's weights, and exit 2 if one is damaged: NeMo's ranks would train on it."""
+    from nemo_tutorial import weights
+
+    began = time.monotonic()
+    problem = weights.problem(checkpoint)
+    if problem:
+        hint = "import or copy it again, or name another" if checkpoints.manifest(checkpoint) else "go on from another"
+        terminal.fail([f"{problem}; {hint}"])
+    size, seconds = checkpoints.size(checkpoint / "weights"), time.monotonic() - began
+    terminal.describe("checked", [("checkpoint", f"{terminal.gigabytes(size)} as written, in {seconds:.0f} s")])
 
 
 def _check_end(args, source, last):

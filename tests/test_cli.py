@@ -25,9 +25,12 @@ TRAINING = """
 """
 # Frozen: a flag may be added here, never taken away or renamed.
 FLAGS = {
-    "convert_ckpt/convert_from_hf_to_nemo.py": "--source --revision --output_path --overwrite --verify --dry_run",
+    "convert_ckpt/convert_from_hf_to_nemo.py": """
+        --source --revision --output_path --overwrite --verify --trust_remote_code --dry_run
+    """,
     "convert_ckpt/convert_from_nemo_to_hf.py": """
-        --source --output_path --overwrite --max_shard_size --verify --push_to_hub --private --dry_run
+        --source --output_path --overwrite --adapter_only --dtype --max_shard_size --verify --push_to_hub --private
+        --dry_run
     """,
     "data/download_pretrain_data.py": "--dataset --split --text_column --limit --output_path --overwrite --dry_run",
     "data/make_tiny_model.py": """
@@ -40,7 +43,9 @@ FLAGS = {
     """,
     "finetuning/download_split_data.py": "--dataset --split --ratios --seed --output_path --overwrite --dry_run",
     "finetuning/finetune.py": TRAINING + "--prompt_template --packed_sequence_size --peft",
-    "finetuning/generate.py": "--model --prompt --questions --limit --max_new_tokens --output_path",
+    "finetuning/generate.py": """
+        --model --prompt --questions --limit --max_new_tokens --trust_remote_code --output_path
+    """,
     "finetuning/merge_lora.py": "--source --base --output_path --overwrite --dry_run",
     "pretraining/pretrain.py": TRAINING + "--split",
 }

@@ -513,6 +513,28 @@ def test_adapter_is_neither_exported_nor_trained_on(refused):
     refused(finetune.main, tuning(nemo_model="lora"), "--nemo_model lora", "finetuning/merge_lora.py")
 
 
+def test_dora_with_tensor_parallelism(refused):
+    argv = tuning(peft="dora", num_gpus=2, tensor_model_parallel_size=2)
+    refused(finetune.main, argv, "--peft dora with --tensor_model_parallel_size 2", "--peft lora")
+
+
+def test_adapter_only(refused):
+    nemo_checkpoint("lora", adapter_of="ckpt")
+    refused(exporter.main, ["--source", "lora", "--output_path", "out"], "merge it first", "--adapter_only")
+    only = ["--output_path", "out", "--adapter_only", "--source"]
+    refused(exporter.main, [*only, "ckpt"], "--adapter_only: ckpt is no adapter")
+    refused(exporter.main, [*only, "lora", "--max_shard_size", "1GB"], "--max_shard_size 1GB has no effect")
+    refused(exporter.main, [*only, "lora", "--verify", "none"], "--verify none is not for --adapter_only")
+
+
+@pytest.mark.parametrize("size", ["5", "0GB", "-1GB", "five GB", "5 GiB", "1.5GB"])
+def test_shard_size(capsys, size):
+    with pytest.raises(SystemExit) as stop:
+        exporter.main(["--source", "ckpt", "--output_path", "out", f"--max_shard_size={size}"])
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and f"--max_shard_size: {size!r} is not a size" in said
+
+
 def test_merge_wants_an_adapter_and_its_base(refused, work):
     refused(merge_lora.main, ["--source", "ckpt", "--output_path", "out"], "--source ckpt is no LoRA checkpoint")
     lora = nemo_checkpoint("lora", adapter_of=work / "gone" / "weights")
@@ -621,7 +643,7 @@ def test_missing_shard(refused, work):
     [
         ({"architectures": ["MambaForCausalLM"]}, ["MambaForCausalLM", "Supported: LlamaForCausalLM"]),
         ({"architectures": None}, ["no architecture", "Supported: LlamaForCausalLM"]),
-        ({"auto_map": {"AutoModel": "evil.Model"}}, ["auto_map", "never done"]),
+        ({"auto_map": {"AutoModel": "evil.Model"}}, ["auto_map", "--trust_remote_code"]),
     ],
 )
 def test_architecture(refused, changes, parts):
