@@ -274,9 +274,10 @@ def compare_logits(checkpoint, folder):
             typical = by_token.median() if nemo.config.num_moe_experts else by_token.square().mean().sqrt()
             error, spread = max(error, typical.item()), max(spread, want.std().item())
             agree, count = agree + (ours.argmax(-1) == want.argmax(-1)).sum().item(), count + length
-    # By root mean square: two right bf16 models of 2 to 32 layers differ by 0.01 to 0.05 of the spread, wrong ones by
-    # 0.14 and more. The largest of millions of differences grows with the vocabulary alone.
-    if error > 0.1:
+    # By root mean square, as the largest of millions of differences grows with the vocabulary alone. Rounding to bf16
+    # adds up with the layers: right models of 2, 16 and 32 differ by up to 1.4, 2.8 and 5.6 % of the spread, and with
+    # experts, which rounding may choose otherwise, by twice that.
+    if error > (0.03 if nemo.config.num_moe_experts else 0.015) * nemo.config.num_layers**0.5:
         raise ValueError(
             f"NeMo's logits differ from transformers' by {error:.1%} of their spread {spread:.3g} (root mean square), "
             f"and by up to {largest:.3g}"
