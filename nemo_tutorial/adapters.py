@@ -11,6 +11,7 @@ import nemo_tutorial.cpu  # noqa: F401  (before NeMo: without a GPU, conversion 
 import shutil
 from pathlib import Path
 
+import fiddle as fdl
 import torch
 from nemo.collections.llm.peft import DoRA, LoRA
 from nemo.lightning import io
@@ -34,10 +35,12 @@ class Adapter:
 
     def __init__(self, checkpoint):
         self.checkpoint = Path(checkpoint)
-        scheme = io.load_context(self.checkpoint / "context", subpath="model.model_transform")
-        if type(scheme) not in (LoRA, DoRA):
-            raise ValueError(f"{checkpoint} holds a {type(scheme).__name__} adapter; only LoRA and DoRA are known here")
-        self.rank, self.alpha, self.dropout, self.dora = scheme.dim, scheme.alpha, scheme.dropout, type(scheme) is DoRA
+        where = {"path": self.checkpoint / "context", "subpath": "model.model_transform"}
+        kind = fdl.get_callable(io.load_context(**where, build=False))
+        if kind not in (LoRA, DoRA):
+            raise ValueError(f"{checkpoint} holds a {kind.__name__} adapter; only LoRA and DoRA are known here")
+        scheme = io.load_context(**where)
+        self.rank, self.alpha, self.dropout, self.dora = scheme.dim, scheme.alpha, scheme.dropout, kind is DoRA
         self.weights = weights.Megatron(checkpoint)
         self.family = models.from_nemo(checkpoint).family
         ending = f".adapter.{A}"
