@@ -268,10 +268,15 @@ def _patch_megatron():
 
 def _patch_experts():
     from megatron.core.models.gpt import gpt_layer_specs
-    from megatron.core.transformer.moe import moe_utils
+    from megatron.core.transformer.moe import moe_utils, token_dispatcher
 
     # The router asks whether it is None: "name 'te_general_gemm' is not defined".
     moe_utils.te_general_gemm = None
+
+    # Numbers of tokens become numpy's where they leave a GPU: else, "all_to_all_single(): incompatible arguments".
+    token_dispatcher.maybe_move_tensor_to_cpu = lambda tensor, as_numpy=False, record_stream=False: (
+        tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+    )
 
     local_spec = gpt_layer_specs.get_gpt_layer_local_spec
 
