@@ -14,7 +14,7 @@ import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
-PIECE = 2_000_000  # bytes of text in a piece, about: a piece ends with a line
+PIECE = 1_000_000  # bytes of text in a piece, about: a piece ends with a line
 LONGEST_LINE = 1_000_000_000  # bytes; a longer one is no document, and would not fit in memory
 COMPRESSED = (".gz", ".zst")
 UTF8_BOM = b"\xef\xbb\xbf"
