@@ -82,11 +82,14 @@ def choose_tokenizer(args, sample):
     """The fastest library with Hugging Face's ids: (reference, texts -> ids, library, tokens a byte of the sample)."""
     # In a process of its own, which ends: transformers takes 300 MB.
     task = args.tokenizer_type, args.add_bos, sample
-    reference, expected, texts = next(workers.ordered(reference_ids, [task], 1))
+    reference, texts, expected = next(workers.ordered(reference_ids, [task], 1))
     if isinstance(reference, str):
         terminal.fail([reference])
     if args.append_eod and reference.eod is None:
         terminal.fail([f"--append_eod: the tokenizer {args.tokenizer_type} has no end token"])
+    if reference.lost_by_nemo:
+        example = reference.lost_by_nemo[0]
+        terminal.warn(f"NeMo's own script would write other ids for texts like {example!r}, and lose an added token")
     tokens = sum(map(len, expected[: len(sample)]))
     density = tokens / max(1, sum(len(text.encode()) for text in sample))
     if reference.json is None:
