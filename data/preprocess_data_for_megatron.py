@@ -26,9 +26,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from nemo_tutorial import (
     arguments,
-    corpus,
     dataset_report,
     dataset_writer,
+    documents,
     models,
     preflight,
     terminal,
@@ -59,10 +59,10 @@ def parse_args(argv=None):
 
 def input_problems(args):
     """Fill in the inputs' paths and the number of workers; return what is wrong."""
-    args.paths, problems = corpus.expand(args.input)
+    args.paths, problems = documents.expand(args.input)
     args.workers = args.workers or len(os.sched_getaffinity(0))
     for path in args.paths:
-        if corpus.form(path) == "text" and args.json_keys != ["text"]:
+        if documents.form(path) == "text" and args.json_keys != ["text"]:
             problems.append(f"--json_keys {' '.join(args.json_keys)}: {path} is plain text, whose only field is text")
     if len(set(args.json_keys)) < len(args.json_keys):
         problems.append(f"--json_keys {' '.join(args.json_keys)} names a field twice")
@@ -140,7 +140,7 @@ def tokenizer_of_pieces(args, reference, encode, token_bytes, folder):
     def tokenize(task):
         number, piece = task
         texts, numbers, blank, bad, read = {key: [] for key in args.json_keys}, [], 0, [], 0
-        for line, row, problem in corpus.rows(piece, args.json_keys):
+        for line, row, problem in documents.rows(piece, args.json_keys):
             read += 1
             if problem:
                 bad.append(f"{piece.path}:{line} {problem}")
@@ -202,7 +202,7 @@ def run(args, writer, tokenize, progress):
     def tasks():
         number, reuse = 0, len(finished)
         for path in args.paths:
-            for piece in corpus.pieces(path, args.json_keys, spool):
+            for piece in documents.pieces(path, args.json_keys, spool):
                 if number < reuse and [finished[number][name] for name in ("input", "digest")] != [path, piece.digest]:
                     terminal.warn(f"{path} has changed since the run that was stopped: tokenized again from there")
                     reuse = number
@@ -219,7 +219,7 @@ def run(args, writer, tokenize, progress):
     for result in workers.ordered(tokenize, tasks(), args.workers):
         if "error" in result:
             skip = "; --on_error skip leaves such lines out, counted" if args.on_error == "stop" else ""
-            raise corpus.Unreadable(result["error"] + skip)
+            raise documents.Unreadable(result["error"] + skip)
         writer.append(result)
         progress(result)
 
@@ -230,7 +230,7 @@ def progress_bar(args):
 
     began, state = time.monotonic(), {"input": None, "consumed": 0, "documents": 0}
     bar = tqdm.tqdm(
-        total=sum(corpus.size(path) for path in args.paths),
+        total=sum(documents.size(path) for path in args.paths),
         unit="B",
         unit_scale=True,
         mininterval=0.2 if sys.stderr.isatty() else 30,  # a log file needs no line every moment
@@ -252,14 +252,14 @@ def preprocess(args):
     """All of it, after the checks that need no tokenizer. Returns the records of the datasets."""
     Path(args.output_prefix).parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="preprocess_") as folder:
-        sample = corpus.sample(args.paths, args.json_keys, (f"{folder}/{number}" for number in itertools.count()))
+        sample = documents.sample(args.paths, args.json_keys, (f"{folder}/{number}" for number in itertools.count()))
     reference, encode, library, density = choose_tokenizer(args, sample)
     token_bytes = 2 if reference.size < 65_500 else 4  # Megatron's and NeMo's rule
     if args.append_eod and reference.eod >= 256**token_bytes:
         terminal.fail([f"--tokenizer_type {args.tokenizer_type}: its end token {reference.eod} does not fit"], code=1)
     writer = dataset_writer.Writer(args.output_prefix, args.json_keys, token_bytes)
     # Less than what it will be, so that nothing is refused that would have fitted.
-    needed = 0.8 * density * token_bytes * sum(map(corpus.size, args.paths)) - writer.size()
+    needed = 0.8 * density * token_bytes * sum(map(documents.size, args.paths)) - writer.size()
     preflight.report(preflight.disk_problems(writer.folder, needed, f"--output_prefix {args.output_prefix}"))
     reused, other = writer.resume(
         {
@@ -270,7 +270,7 @@ def preprocess(args):
             "add_bos": args.add_bos,
             "on_error": args.on_error,
             "token_bytes": token_bytes,
-            "piece": corpus.PIECE,
+            "piece": documents.PIECE,
         }
     )
     if other:
@@ -303,7 +303,7 @@ def main(argv=None):
         "preprocess",
         [
             ("input", args.paths[0] if len(args.paths) == 1 else f"{len(args.paths)} files, {args.paths[0]} first"),
-            ("size", terminal.gigabytes(sum(map(corpus.size, args.paths)))),
+            ("size", terminal.gigabytes(sum(map(documents.size, args.paths)))),
             ("tokenizer", args.tokenizer_type),
             ("output", outputs),
             ("end of document", "appended" if args.append_eod else "not marked"),
@@ -318,7 +318,7 @@ def main(argv=None):
     os.environ |= {"RAYON_NUM_THREADS": "1", "FASTOKENS_BPE_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     try:
         records = preprocess(args)
-    except (corpus.Unreadable, workers.Died, dataset_writer.Busy) as error:
+    except (documents.Unreadable, workers.Died, dataset_writer.Busy) as error:
         terminal.fail([f"{error}\nno output was written; the same command goes on from what is finished"], code=1)
     except OSError as error:
         if error.errno not in NO_ROOM:

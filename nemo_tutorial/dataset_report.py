@@ -5,7 +5,7 @@ Memory does not grow with the dataset: lengths and hashes are read from files, a
 
 import json
 
-from nemo_tutorial import corpus, terminal
+from nemo_tutorial import documents, terminal
 
 SLICE = 4_000_000  # numbers read at a time
 SHARES = (0, 5, 25, 50, 75, 95, 99, 100)
@@ -14,18 +14,18 @@ SHARES = (0, 5, 25, 50, 75, 95, 99, 100)
 def record(args, writer, reference, library, key):
     """What there is to know of one field's dataset; training compares its tokenizer with the model's."""
     lengths, counts = lengths_of(writer.path(key, "lengths"))
-    documents, tokens = int(counts.sum()), int((lengths * counts).sum())
+    count, tokens = int(counts.sum()), int((lengths * counts).sum())
     inputs = {}
     for piece in writer.pieces:
-        one = inputs.setdefault(piece["input"], {"path": piece["input"], "bytes": corpus.size(piece["input"])})
+        one = inputs.setdefault(piece["input"], {"path": piece["input"], "bytes": documents.size(piece["input"])})
         one["lines"] = one.get("lines", 0) + piece["lines"]
         one["xxh3_128_of_text"] = piece["digest"]  # the last one's is that of the whole
     return {
-        "documents": documents,
+        "documents": count,
         "tokens": tokens,
         "token_bytes": writer.token_bytes,
         "lengths": {
-            "mean": round(tokens / max(1, documents), 1),
+            "mean": round(tokens / max(1, count), 1),
             "percentiles": {share: percentile(lengths, counts, share) for share in SHARES},
         },
         "duplicates": duplicates(writer.path(key, "hashes")),

@@ -9,7 +9,6 @@ import itertools
 import json
 import os
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 
 # What tokenizers disagree on, if on anything: spaces, line ends, contractions, scripts' digits, marks, emoji, controls.
@@ -94,6 +93,8 @@ def hugging_face(name):
 
 def reference(name, add_bos, texts):
     """(Reference, texts: `texts`, AWKWARD and some with the added tokens, the ids of each)."""
+    from importlib import metadata
+
     tokenizer = hugging_face(name)
     backend, before, after = None, [], []
     if tokenizer.is_fast:

@@ -673,7 +673,7 @@ def test_full_disk(refused, monkeypatch):
 
 def test_preprocess(refused, work):
     argv = ["--input", "nowhere.jsonl", "--tokenizer_type", "hf", "--output_prefix", "tokens/a", "--append_eod"]
-    refused(preprocess.main, argv, "--input nowhere.jsonl is not a file", "download_pretrain_data.py")
+    refused(preprocess.main, argv, "--input nowhere.jsonl: there is no such file", "download_pretrain_data.py")
     (work / "in.jsonl").write_text('{"text": "a"}\n')
     (work / "tokens/a_text_document.idx").touch()
     argv[1] = "in.jsonl"

@@ -47,7 +47,8 @@ def make(kind, folder):
         tokenizer = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
         tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
         tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
-        LlamaTokenizerFast(tokenizer_object=tokenizer, vocab_file=str(folder / "tokenizer.model")).save_pretrained(folder)
+        model = str(folder / "tokenizer.model")
+        LlamaTokenizerFast(tokenizer_object=tokenizer, vocab_file=model).save_pretrained(folder)
         (folder / "texts").unlink()
         (folder / "tokenizer.vocab").unlink()
     elif kind == "gpt2":  # tokens that were added later, with and without spaces of their own

@@ -1,6 +1,6 @@
 """Text to measure with, made from what this machine and Debian's packages hold, and a tokenizer trained on it.
 
-    python benchmarks/corpora.py FOLDER
+    python benchmarks/texts.py FOLDER
 
 writes FOLDER/english.jsonl (200 MB: documentation and Python sources of this machine, no file twice),
 FOLDER/chinese.jsonl (100 MB of Traditional Chinese) and FOLDER/tokenizer (a byte-level BPE of 128,000 entries, trained
