@@ -285,6 +285,7 @@ def preprocess(args):
         terminal.warn(f"skipped: {line}")
     records = {key: dataset_report.record(args, writer, reference, library, key) for key in args.json_keys}
     if not all(record["documents"] for record in records.values()):
+        shutil.rmtree(writer.folder)
         terminal.fail([f"--input {' '.join(args.input)} holds no text; nothing was written"], code=1)
     writer.finish(lambda key, stem: dataset_report.save(records[key], writer.path(key, "lengths"), stem))
     return records

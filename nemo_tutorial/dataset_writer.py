@@ -61,7 +61,7 @@ class Writer:
             lines = []
         known = bool(lines) and lines[0] == _line(identity)
         if known:
-            self.pieces = self._whole([json.loads(line) for line in lines[1:]])
+            self.pieces = self._whole(_parsed(lines[1:]))
         else:
             (self.folder / "journal.jsonl").write_bytes(_line(identity) + b"\n")
         for key in self.keys:
@@ -155,6 +155,17 @@ def publish(prefix):
         if os.path.exists(source):
             os.replace(source, target)
     shutil.rmtree(folder)
+
+
+def _parsed(lines):
+    """The journal's lines, up to one that a crash of the machine may have left half-written."""
+    found = []
+    for line in lines:
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            break
+    return found
 
 
 def _line(value):

@@ -47,8 +47,10 @@ def form(path):
     path = Path(path)
     if path.is_dir():
         return "datasets" if (path / "state.json").is_file() else None
+    if path.suffix == ".parquet":
+        return "parquet"
     suffix = Path(path.stem).suffix if path.suffix in COMPRESSED else path.suffix
-    return {".jsonl": "lines", ".json": "lines", ".txt": "text", ".parquet": "parquet"}.get(suffix)
+    return {".jsonl": "lines", ".json": "lines", ".txt": "text"}.get(suffix)
 
 
 def expand(patterns):
@@ -115,7 +117,7 @@ def _line_blocks(path):
                 yield line, begin if stream is raw else None, block, begin + len(block) if stream is raw else raw.tell()
                 line += block.count(b"\n")
                 begin += len(block)
-        except (EOFError, OSError, zlib.error) as error:
+        except (EOFError, OSError, ValueError, zlib.error) as error:
             raise Unreadable(
                 f"{path}:{line} can't be read on ({error}): cut short or damaged; fetch it again"
             ) from None

@@ -58,9 +58,9 @@ def _results(tasks, pool):
         ready = wait([connection for connection, _ in pool] + [process.sentinel for _, process in pool])
         for index, (connection, process) in enumerate(pool):
             while busy[index] and connection.poll():
-                number, result, error = _receive(connection, process)
+                number, result, error, where = _receive(connection, process)
                 if error:
-                    raise error
+                    raise error from RuntimeError(f"in a worker:\n{where}")
                 done[number] = result
                 busy[index] -= 1
             if process.sentinel in ready:
@@ -106,10 +106,9 @@ def _serve(function, connection, inherited):
         except (EOFError, OSError):
             os._exit(0)
         try:
-            answer = number, function(task), None
+            answer = number, function(task), None, None
         except Exception as error:
-            error.__cause__ = RuntimeError("in a worker:\n" + traceback.format_exc())
-            answer = number, None, error
+            answer = number, None, error, traceback.format_exc()
         try:
             connection.send(answer)
         except OSError:

@@ -305,15 +305,23 @@ def test_a_line_longer_than_a_piece(tmp_path):
 
 
 def test_line_numbers_over_pieces(tmp_path, monkeypatch):
+    import pyarrow
+
     monkeypatch.setattr(documents, "PIECE", 100)
     path = write_lines(tmp_path / "in.jsonl", [str(i) for i in range(1, 200)])
     assert read(path) == {i: str(i) for i in range(1, 200)}
     squeezed = tmp_path / "in.jsonl.gz"
     squeezed.write_bytes(gzip.compress(path.read_bytes()))
     assert read(squeezed) == read(path)
-    squeezed.write_bytes(squeezed.read_bytes()[:-300])
-    with pytest.raises(documents.Unreadable, match=r"in\.jsonl\.gz:\d+ can't be read on .*cut short or damaged"):
-        read(squeezed)
+    with pyarrow.CompressedOutputStream(str(tmp_path / "in.jsonl.zst"), "zstd") as file:
+        file.write(path.read_bytes())
+    assert read(tmp_path / "in.jsonl.zst") == read(path)
+    for name in ("in.jsonl.gz", "in.jsonl.zst"):
+        whole = (tmp_path / name).read_bytes()
+        for damaged in (whole[:-100], whole[:100] + b"\0\xff\0\xff" + whole[104:], b"no archive"):
+            (tmp_path / name).write_bytes(damaged)
+            with pytest.raises(documents.Unreadable, match=rf"{name}:\d+ can't be read on .*cut short or damaged"):
+                read(tmp_path / name)
 
 
 def test_a_bad_line_stops_the_run_or_is_skipped(preprocess, tmp_path, capfd):
@@ -333,8 +341,11 @@ def test_a_bad_line_stops_the_run_or_is_skipped(preprocess, tmp_path, capfd):
 
 def test_inputs_that_are_none(preprocess, tmp_path, capfd):
     (tmp_path / "empty.jsonl").touch()
-    preprocess(["empty.jsonl"], code=1)
-    assert "holds no text" in capfd.readouterr().err
+    (tmp_path / "blank.jsonl").write_text("\n  \n")
+    for name in ("empty.jsonl", "blank.jsonl"):
+        preprocess([name], code=1)
+        assert "holds no text" in capfd.readouterr().err
+        assert list((tmp_path / "out").iterdir()) == []
     (tmp_path / "folder").mkdir()
     (tmp_path / "data.csv").touch()
     preprocess(["folder", "data.csv", "no*.jsonl", "empty.jsonl", "./empty.jsonl"], code=2)
@@ -358,7 +369,7 @@ def test_what_a_worker_raises_is_raised_here():
         list(workers.ordered(lambda number: 1 // (number - 5), range(40), 2))
 
 
-@pytest.mark.parametrize("death", [signal.SIGKILL, signal.SIGSEGV])
+@pytest.mark.parametrize("death", [signal.SIGKILL, signal.SIGTERM])
 def test_a_dead_worker_ends_the_run_at_once(death):
     def work(number):
         if number == 7:
