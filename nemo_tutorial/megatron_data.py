@@ -1,9 +1,11 @@
-"""Megatron's indexed datasets (`PREFIX.bin` and `PREFIX.idx`): what they hold, read with the standard library.
+"""Megatron's indexed datasets (`PREFIX.bin`, `PREFIX.idx`): what they hold, and how an index is written.
 
 Source of the format and of the arithmetic: megatron/core/datasets/indexed_dataset.py, gpt_dataset.py and
 blended_megatron_dataset_builder.py, Megatron-Core 0.15.3.
 """
 
+import json
+import os
 import re
 import struct
 from dataclasses import dataclass
@@ -79,6 +81,47 @@ def read_index(prefix):
             f"{bin_} has {bin_.stat().st_size} bytes, its index says {expected}: truncated or changed; preprocess again"
         )
     return Index(prefix, width, sequences, entries - 1, expected // width)
+
+
+def write_index(path, lengths, token_bytes):
+    """Write an .idx from a file of int32, the tokens of each document; 0 is a document without any sequence.
+
+    Not Megatron's IndexedDatasetBuilder, whose Python lists grow with the corpus and which imports torch; same bytes.
+    """
+    import numpy
+
+    count = os.path.getsize(lengths) // 4
+
+    def slices():
+        for begin in range(0, count, 1_000_000):
+            yield numpy.fromfile(lengths, numpy.int32, 1_000_000, offset=4 * begin)
+
+    sequences = sum(int((part > 0).sum()) for part in slices())
+    with open(path, "wb") as file:
+        file.write(MAGIC + struct.pack("<QBQQ", 1, {2: 8, 4: 4}[token_bytes], sequences, count + 1))
+        for part in slices():
+            file.write(part[part > 0].tobytes())
+        offset = 0
+        for part in slices():
+            part = part[part > 0].astype(numpy.int64) * token_bytes
+            ends = offset + numpy.cumsum(part)
+            file.write((ends - part).tobytes())
+            offset = int(ends[-1]) if len(ends) else offset
+        file.write(struct.pack("<q", 0))
+        seen = 0
+        for part in slices():
+            ends = seen + numpy.cumsum(part > 0)
+            file.write(ends.astype(numpy.int64).tobytes())
+            seen = int(ends[-1])
+
+
+def record(prefix):
+    """What data/preprocess_data_for_megatron.py wrote about a dataset in PREFIX.json, or {} if it did not make it."""
+    try:
+        found = json.loads(Path(prefix + ".json").read_text(encoding="utf-8"))
+        return found if isinstance(found, dict) and "tokenizer" in found else {}
+    except (OSError, ValueError):
+        return {}
 
 
 def split_sequences(sequences, split):

@@ -9,7 +9,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from nemo_tutorial import checkpoints, hub, models, preflight, schedule, terminal
+from nemo_tutorial import checkpoints, hub, megatron_data, models, preflight, schedule, terminal, tokenization
 
 
 @dataclass
@@ -201,6 +201,25 @@ def _tokenizer_problems(args, source):
     if own.is_file() and other.is_file() and json.loads(own.read_bytes()) != json.loads(other.read_bytes()):
         return [f"--hf_model_id {args.hf_model_id} has another tokenizer than {checkpoint}; leave the flag out"]
     return []
+
+
+def data_tokenizer_problems(prefixes, source):
+    """Datasets that were made with another tokenizer than the model's, as far as their records say."""
+    checkpoint = source.resume_from or source.restore_from
+    if not any(megatron_data.record(prefix) for prefix in prefixes) or not (checkpoint or source.hf_folder):
+        return []
+    folder = models.tokenizer_folder(checkpoint) if checkpoint else source.hf_folder
+    own, problems = tokenization.folder_fingerprint(folder), []
+    for prefix in prefixes:
+        made = megatron_data.record(prefix)
+        if own and made and made["tokenizer"]["fingerprint"] != own:
+            inputs = " ".join(one["path"] for one in made["inputs"][:3]) + " ..." * (len(made["inputs"]) > 3)
+            problems.append(
+                f"--dataset_path: {prefix} holds the tokens of {made['tokenizer']['name']}, and {checkpoint or folder} "
+                f"has another tokenizer: every word would be another one. Preprocess again: python "
+                f"data/preprocess_data_for_megatron.py --tokenizer_type {folder} --input {inputs} --output_prefix ..."
+            )
+    return problems
 
 
 def model_problems(args, model):

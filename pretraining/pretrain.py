@@ -93,7 +93,7 @@ def main(argv=None):
     source, model, found = runs.weights(args, fallback=None)
     problems += found + runs.model_problems(args, model)
     train_tokens, epoch, found = derive_data(args)
-    problems += found
+    problems += found or runs.data_tokenizer_problems(megatron_data.prefixes(args.dataset_path), source)
     if args.max_steps:
         problems += runs.schedule_problems(args)
     preflight.report(problems)

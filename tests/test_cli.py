@@ -39,7 +39,7 @@ FLAGS = {
     """,
     "data/preprocess_data_for_megatron.py": """
         --input --json_keys --output_prefix --tokenizer_type --tokenizer_library --dataset_impl --append_eod
-        --workers --overwrite --dry_run
+        --add_bos --on_error --workers --overwrite --dry_run
     """,
     "finetuning/download_split_data.py": "--dataset --split --ratios --seed --output_path --overwrite --dry_run",
     "finetuning/finetune.py": TRAINING + "--prompt_template --packed_sequence_size --peft",

@@ -12,6 +12,9 @@ from conftest import ROOT
 STDLIB_ONLY = (
     "arguments",
     "checkpoints",
+    "dataset_report",
+    "dataset_writer",
+    "documents",
     "hub",
     "megatron_data",
     "models",
@@ -20,6 +23,8 @@ STDLIB_ONLY = (
     "runs",
     "schedule",
     "terminal",
+    "tokenization",
+    "workers",
 )
 BOOTSTRAP = """\
 # Nothing is installed: make the repository root importable, wherever the script is started from.

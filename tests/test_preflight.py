@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from nemo_tutorial import checkpoints, preflight, runs
+from nemo_tutorial import checkpoints, preflight, runs, tokenization
 
 ROOT = Path(__file__).resolve().parents[1]
 SHAPE = {
@@ -668,12 +668,29 @@ def test_full_disk(refused, monkeypatch):
     refused(exporter.main, convert(source="ckpt"), "--output_path out needs 1.84 MB", "free")
 
 
+def test_data_of_another_tokenizer(refused, work, capsys):
+    """Ids of one vocabulary are other words in another; data without a record, and of the same, are taken."""
+    own = {"model": {"vocab": {"a": 0, "b": 1}, "merges": []}}
+    tokenizer = work / "ckpt/context/nemo_tokenizer/tokenizer.json"
+    tokenizer.write_text(json.dumps(own))
+    made = {"tokenizer": {"name": "other/model", "fingerprint": "0"}, "inputs": [{"path": "news.jsonl"}]}
+    Path("tokens/news.json").write_text(json.dumps(made))
+    command = "--tokenizer_type ckpt/context/nemo_tokenizer --input news.jsonl"
+    refused(pretrain.main, pretraining(), "tokens/news holds the tokens of other/model", command)
+    made["tokenizer"]["fingerprint"] = tokenization.fingerprint(own)
+    Path("tokens/news.json").write_text(json.dumps(made))
+    for record in (json.dumps(made), "{}", "no JSON"):
+        Path("tokens/news.json").write_text(record)
+        with pytest.raises(AssertionError, match="^accepted$"):
+            pretrain.main(pretraining())
+
+
 # Data scripts.
 
 
 def test_preprocess(refused, work):
     argv = ["--input", "nowhere.jsonl", "--tokenizer_type", "hf", "--output_prefix", "tokens/a", "--append_eod"]
-    refused(preprocess.main, argv, "--input nowhere.jsonl is not a file", "download_pretrain_data.py")
+    refused(preprocess.main, argv, "--input nowhere.jsonl: there is no such file", "download_pretrain_data.py")
     (work / "in.jsonl").write_text('{"text": "a"}\n')
     (work / "tokens/a_text_document.idx").touch()
     argv[1] = "in.jsonl"
