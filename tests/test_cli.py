@@ -205,7 +205,7 @@ def test_dash_and_underscore_are_alike(script, argv, load_script):
 
 def test_dashes_in_values_stay(load_script):
     args = load_script("pretraining/pretrain.py").parse_args(["--dataset-path=data/a-b", "--experiment", "c-d"])
-    assert (args.dataset_path, args.experiment) == ("data/a-b", "c-d")
+    assert (args.dataset_path, args.experiment) == (["data/a-b"], "c-d")
 
 
 @training_scripts

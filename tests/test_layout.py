@@ -11,6 +11,7 @@ from conftest import ROOT
 
 STDLIB_ONLY = (
     "arguments",
+    "blends",
     "checkpoints",
     "hub",
     "megatron_data",
