@@ -145,13 +145,18 @@ def test_splits_that_would_hang(here, write_index):
     said = blends.split_problems(blends.read(["a", "b"], "99,1,0"), 8)  # 0.3 of b's 30 documents
     assert len(said) == 1 and "validation share of b (30 documents) rounds to none" in said[0] and "90,10,0" in said[0]
     said = blends.split_problems(blends.read(["a", "b"], "90,10,0"), 2000)
-    assert [re.search(r"share of (\w) has (\d+) tokens", line).groups() for line in said] == [
+    assert [re.search(r"(\w) has (\d+) tokens to train on", line).groups() for line in said] == [
         ("a", "900"),
         ("b", "540"),
     ]
-    assert capsys.readouterr().err.count("less than one sample: they are repeated") == 2
-    said = blends.split_problems(blends.read(["a"], "90,9,1"), 8)
-    assert said == []
+    assert blends.split_problems(blends.read(["a"], "90,9,1"), 8) == []
+
+
+def test_a_validation_share_below_one_sample(here, capsys):
+    blend, args = blends.read(["a"], "97,3,0"), flags(seq_length=64)
+    assert blends.split_problems(blend, 64) == blends.plan(blend, args) == []
+    blends.describe(blend, args)
+    assert "validation share of a has 30 tokens: they are repeated in each sample" in capsys.readouterr().err
 
 
 def test_a_source_that_is_read_a_million_times(here, write_index):
@@ -276,13 +281,13 @@ def test_megatron_reads_what_is_printed(here, words, split, steps):
 
 @pytest.mark.nemo
 def test_a_blend_that_megatron_stops_at(here, write_index):
-    """Each source is rounded up, and so the blend is longer than asked for: a source that ends just there lacks some."""
+    """Sources are rounded up, so the blend is longer than asked for: a source that ends just there lacks samples."""
     sources = {"w": (0.1, 214), "x": (1, 135), "y": (7.5, 85), "z": (0.1, 340)}
     words = [word for name, (weight, tokens) in sources.items() for word in (weight, write_index(name, [tokens]))]
     Path("blend.json").write_text(json.dumps({"train": words, "validation": "held"}))
     blend, args = blends.read(["blend.json"], None), flags(max_steps=12, global_batch_size=8, val_check_interval=1)
     (said,) = blends.plan(blend, args)
-    assert "training source" in said and "/y is a few samples too short" in said and "change its weight" in said
+    assert "the training source y is a few samples too short" in said and "change its weight or --max_steps" in said
     with pytest.raises(IndexError, match="oversamples"):
         build(blend, args, here / "index")
 

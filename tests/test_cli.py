@@ -29,7 +29,9 @@ FLAGS = {
     "convert_ckpt/convert_from_nemo_to_hf.py": """
         --source --output_path --overwrite --max_shard_size --verify --push_to_hub --private --dry_run
     """,
-    "data/download_pretrain_data.py": "--dataset --split --text_column --limit --output_path --overwrite --dry_run",
+    "data/download_pretrain_data.py": """
+        --dataset --subset --split --revision --text_column --limit --output_path --overwrite --dry_run
+    """,
     "data/make_tiny_model.py": """
         --output_path --overwrite --vocab_size --hidden_size --intermediate_size --num_hidden_layers
         --num_attention_heads --num_key_value_heads --max_position_embeddings --tie_word_embeddings --seed
@@ -38,7 +40,9 @@ FLAGS = {
         --input --json_keys --output_prefix --tokenizer_type --tokenizer_library --dataset_impl --append_eod
         --workers --overwrite --dry_run
     """,
-    "finetuning/download_split_data.py": "--dataset --split --ratios --seed --output_path --overwrite --dry_run",
+    "finetuning/download_split_data.py": """
+        --dataset --subset --split --revision --ratios --seed --output_path --overwrite --dry_run
+    """,
     "finetuning/finetune.py": TRAINING + "--prompt_template --packed_sequence_size --peft",
     "finetuning/generate.py": "--model --prompt --questions --limit --max_new_tokens --output_path",
     "finetuning/merge_lora.py": "--source --base --output_path --overwrite --dry_run",
