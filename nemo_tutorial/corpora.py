@@ -106,6 +106,7 @@ def _of_hub(repo, split, subset, revision, column):
     from datasets import load_dataset
 
     commit = hub.dataset_commit(repo, revision or "main")
+    hub.read_whole_answers()
     stream, state, waits = None, None, list(WAITS)
     while True:
         try:

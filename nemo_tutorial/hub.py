@@ -93,6 +93,29 @@ def dataset_commit(repo, revision="main"):
         raise ValueError(explain(error, repo, revision, "dataset")) from None
 
 
+def read_whole_answers():
+    """Make huggingface_hub notice that an answer broke off, when it reads a part of a file.
+
+    With urllib3 1.26, which the NeMo of pip needs, the half that came would pass for the whole.
+    """
+    import huggingface_hub
+    import requests
+
+    class Adapter(requests.adapters.HTTPAdapter):
+        def build_response(self, request, answer):
+            answer.enforce_content_length = True
+            return super().build_response(request, answer)
+
+    def session():
+        made = requests.Session()
+        for protocol in ("http://", "https://"):
+            made.mount(protocol, Adapter())
+        return made
+
+    if hasattr(huggingface_hub, "configure_http_backend"):  # version 1 has another library, which notices
+        huggingface_hub.configure_http_backend(session)
+
+
 def passes(error):
     """Whether asking again may help: the Hub was busy, a download broke off, or nothing answered."""
     from requests import exceptions

@@ -14,7 +14,7 @@ import pytest
 from nemo_tutorial import corpora, hub
 
 TOKEN = "hf_canary0123456789"
-STORED = (".safetensors", ".parquet")  # kept elsewhere, as the Hub keeps large files
+STORED = (".safetensors", ".parquet", ".jsonl", ".csv", ".txt")  # kept elsewhere, as the Hub keeps large files
 
 
 class Answer(BaseHTTPRequestHandler):
@@ -211,6 +211,7 @@ def server():
     """A Hub: `repos`, `log` of requests, `failures` (pattern, times, status, headers), `cut` downloads broken off."""
     running = ThreadingHTTPServer(("127.0.0.1", 0), Answer)
     running.daemon_threads = True
+    running.handle_error = lambda *_: None  # clients hang up; what else goes wrong here, they see
     running.url = f"http://127.0.0.1:{running.server_port}"
     running.repos, running.store, running.log, running.failures, running.cut = {}, {}, [], [], 0
 
@@ -235,7 +236,7 @@ def server():
 @pytest.fixture
 def here(server, tmp_path, monkeypatch):
     """This process, with the server as its Hub and an empty cache; a folder to work in."""
-    from huggingface_hub import constants, file_download
+    from huggingface_hub import configure_http_backend, constants, file_download
     from huggingface_hub.utils import disable_progress_bars, reset_sessions
 
     disable_progress_bars()
@@ -260,7 +261,7 @@ def here(server, tmp_path, monkeypatch):
     work.mkdir()
     monkeypatch.chdir(work)
     yield work
-    reset_sessions()
+    configure_http_backend()
 
 
 def environment(server, tmp_path):
