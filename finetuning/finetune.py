@@ -69,6 +69,16 @@ def derive_data(args):
     return rows, epoch, problems
 
 
+def peft_problems(args):
+    """What NeMo trains wrongly."""
+    if args.peft == "dora" and args.tensor_model_parallel_size > 1:
+        return [
+            f"--peft dora with --tensor_model_parallel_size {args.tensor_model_parallel_size}: NeMo takes the norms of "
+            "each rank's part of a weight for those of the whole; use --tensor_model_parallel_size 1, or --peft lora"
+        ]
+    return []
+
+
 def packing_problems(args):
     """What NeMo's packing needs; where it can't be, it is refused rather than dropped."""
     problems = []
@@ -90,9 +100,12 @@ def build_recipe(args, model, source):
     from nemo.collections import llm
     from nemo.collections.llm.gpt.data.packed_sequence import PackedSequenceSpecs
 
-    from nemo_tutorial import recipes
+    from nemo_tutorial import adapters, recipes
 
     recipe = recipes.start(model.recipe, "finetune_recipe", args)
+    inside = adapters.NORM_INSIDE.get(model.family.architecture)
+    if args.peft and inside:  # else the adapter could be neither merged nor exported
+        recipe.peft.target_modules = [name for name in adapters.LINEAR if name not in inside]
     recipes.set_model(recipe, args, *source.config_and_tokenizer())
     template = prompts.template(args.prompt_template, recipe.model.tokenizer)
     prompts.remove_stale_indexes(args.dataset_path)
@@ -129,7 +142,7 @@ def main(argv=None):
     args = parse_args(argv)
     problems = runs.hardware_problems(args)
     source, model, found = runs.weights(args, fallback="newest")
-    problems += found + runs.model_problems(args, model)
+    problems += found + runs.model_problems(args, model) + peft_problems(args)
     rows, epoch, found = derive_data(args)
     problems += found
     if args.max_steps:
