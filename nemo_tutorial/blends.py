@@ -115,6 +115,8 @@ def _read_file(path):
         if key not in KEYS:
             near = difflib.get_close_matches(str(key), KEYS, n=1)
             problems.append(f"{where}: {key!r} is none of train, validation, test" + (f": {near[0]}?" if near else ""))
+        elif given[KEYS[key]] is not None:
+            problems.append(f"{where}: {key} is there under another name already; keep one")
         elif value is not None:
             try:
                 given[KEYS[key]] = _entries(_words(value, where), where)
@@ -122,7 +124,7 @@ def _read_file(path):
                 problems += error.args[0]
     if given[0] is None and not problems:
         problems.append(f"{where} has no `train:`; name the sources to train on")
-    if given[2] is not None and given[1] is None:
+    if given[2] is not None and given[1] is None and not problems:
         problems.append(f"{where} has `test:` and no `validation:`; name a validation set too")
     if problems:
         raise ValueError(problems)

@@ -47,7 +47,7 @@ def rows(dataset, split="train", subset=None, revision=None, column=None):
     A blank line of a .jsonl file is (place, None). Raises ValueError with a sentence.
     """
     path = Path(dataset)
-    if path.is_file() and path.suffix == ".jsonl" or path.name.endswith(".jsonl.gz"):
+    if path.is_file() and path.name.endswith((".jsonl", ".jsonl.gz")):
         for place, row in _lines(path):
             if column is not None and row is not None:
                 if not isinstance(row, dict) or column not in row:

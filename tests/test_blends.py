@@ -102,6 +102,7 @@ def test_blend_file_without_validation(here):
         ("trian: a", "'trian' is none of train, validation, test: train?"),
         ("validation: a", "has no `train:`"),
         ("train: a\ntest: b", "`test:` and no `validation:`"),
+        ("train: a\ntraining: b", "training is there under another name already"),
         ("train: {a: 0}", "the weight 0 is not a number above 0"),
         ("train: {a: -1, b: 1}", "the weight -1 is not"),
         ("train: {a: .nan, b: 1}", "the weight nan is not"),

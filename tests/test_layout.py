@@ -13,6 +13,7 @@ STDLIB_ONLY = (
     "arguments",
     "blends",
     "checkpoints",
+    "corpora",
     "hub",
     "megatron_data",
     "models",
