@@ -238,6 +238,26 @@ def published(output, overwrite=False):
 
 
 @contextlib.contextmanager
+def published_file(output):
+    """Give a binary file beside `output` to write to; it takes its place if the block succeeds, else it is removed.
+
+    Raises FileExistsError if another process is writing it.
+    """
+    output = Path(output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    partial = output.parent / f".{output.name}.partial"
+    with _locked(output):
+        try:
+            with open(partial, "wb") as file:  # what a killed process left is overwritten
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, output)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
 def _locked(output):
     """Hold a lock for writing `output`, which the system takes back from a process that dies."""
     path = output.parent / f".{output.name}.lock"

@@ -1,4 +1,5 @@
-"""The Hugging Face Hub: a model down, as safetensors only, an exported one up; each failure as one sentence.
+"""The Hugging Face Hub: a model down, as safetensors only, an exported one up, a dataset's commit; each failure as one
+sentence.
 
 The network is huggingface_hub's: HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE and its cache mean what they mean there.
 """
@@ -76,6 +77,55 @@ def _download(repo, revision, patterns):
         raise ValueError(explain(error, repo, revision)) from None
 
 
+def dataset_commit(repo, revision="main"):
+    """The commit of a dataset whose files can be read with the token here. Raises ValueError with a sentence."""
+    from huggingface_hub import HfApi, get_hf_file_metadata, hf_hub_url
+
+    def ask():
+        found = HfApi().dataset_info(repo, revision=revision, timeout=ANSWER)
+        names = [file.rfilename for file in found.siblings or [] if not file.rfilename.startswith(".")]
+        if names:  # a gated dataset shows its list of files to everyone
+            url = hf_hub_url(repo, names[0], repo_type="dataset", revision=found.sha)
+            get_hf_file_metadata(url, timeout=ANSWER)
+        return found.sha
+
+    try:
+        return _patiently(ask, passes)
+    except Exception as error:  # those of the Hub and of requests have no common base
+        raise ValueError(explain(error, repo, revision, "dataset")) from None
+
+
+def read_whole_answers():
+    """Make huggingface_hub notice that an answer broke off, when it reads a part of a file.
+
+    With urllib3 1.26, which the NeMo of pip needs, the half that came would pass for the whole.
+    """
+    import huggingface_hub
+    import requests
+
+    class Adapter(requests.adapters.HTTPAdapter):
+        def build_response(self, request, answer):
+            answer.enforce_content_length = True
+            return super().build_response(request, answer)
+
+    def session():
+        made = requests.Session()
+        for protocol in ("http://", "https://"):
+            made.mount(protocol, Adapter())
+        return made
+
+    if hasattr(huggingface_hub, "configure_http_backend"):  # version 1 has another library, which notices
+        huggingface_hub.configure_http_backend(session)
+
+
+def passes(error):
+    """Whether asking again may help: the Hub was busy, a download broke off, or nothing answered."""
+    from requests import exceptions
+
+    error = _cause(error)
+    return _busy(error) or _broken(error) or isinstance(error, (ConnectionError, exceptions.RequestException))
+
+
 def _patiently(call, passes):
     """call(), again after each of WAITS as long as it fails with an error that passes."""
     for wait in (*WAITS, None):
@@ -111,14 +161,14 @@ def _broken(error):
     return isinstance(error, (ChunkedEncodingError, ContentDecodingError)) or "Consistency check failed" in str(error)
 
 
-def explain(error, repo, revision=None):
+def explain(error, repo, revision=None, kind="model"):
     """One sentence about a failed call: what is wrong, and what to do next. `revision` is None for an upload."""
     from huggingface_hub import constants, errors, get_token
     from requests import exceptions
 
     error = _cause(error)
     status, hub, token = _status(error), constants.ENDPOINT, get_token()
-    page = f"{hub}/{repo}"
+    page = f"{hub}/{repo}" if kind == "model" else f"{hub}/{kind}s/{repo}"
     if isinstance(error, errors.GatedRepoError):
         return f"{repo} is gated ({status}): accept its licence on {page}, then " + (
             "run this again; the token here is of an account that has not" if token else "log in: hf auth login"
@@ -128,7 +178,7 @@ def explain(error, repo, revision=None):
     if isinstance(error, errors.RepositoryNotFoundError):
         hint = "use a token that may see it" if token else "log in: hf auth login"
         here = f"there is no folder {repo} here, and " if revision else ""
-        return f"{here}{hub} shows no model {repo} ({status}); check the spelling, or, if it is private, {hint}"
+        return f"{here}{hub} shows no {kind} {repo} ({status}); check the spelling, or, if it is private, {hint}"
     if status == 401:
         return f"{hub} refuses your token (401), for {repo}; log in again: hf auth login (or export another HF_TOKEN)"
     if status == 403:
@@ -142,14 +192,16 @@ def explain(error, repo, revision=None):
     if isinstance(error, errors.OfflineModeIsEnabled):
         return f"HF_HUB_OFFLINE is set, so the Hub is not asked for {repo} at {revision}; unset it, or name a folder"
     if _broken(error) or status == 416:  # 416: what is there already is longer than the file
+        if kind != "model":
+            return f"the download of {repo} broke off again and again; run this again later"
         again = f"hf download {repo} --revision {revision} --include '*.safetensors' --force-download"
         return (
             f"the download of {repo} broke off; run this again: it goes on where it was. "
             f"If that doesn't help, start the files over: {again}"
         )
-    if isinstance(error, (exceptions.ConnectionError, exceptions.Timeout)):
+    if isinstance(error, (ConnectionError, exceptions.ConnectionError, exceptions.Timeout)):
         return f"{hub} can't be reached, for {repo}; check the network and HF_ENDPOINT" + (
-            ", or copy the model here and name its folder" if revision else ""
+            f", or copy the {kind} here and name its folder" if revision else ""
         )
     said = " ".join(str(error).split())[:300]  # huggingface_hub's own sentence
     return f"{repo}: {said}".replace(token or "\0", "<token>")

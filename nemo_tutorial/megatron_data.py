@@ -36,14 +36,21 @@ class Index:
             return struct.unpack("<q", file.read(8))[0] // self.token_bytes
 
 
+def is_there(path):
+    """Whether `path` is a folder, or the prefix of a .bin or .idx file."""
+    return Path(path).is_dir() or Path(f"{path}.bin").is_file() or Path(f"{path}.idx").is_file()
+
+
 def prefixes(path):
     """The dataset prefixes that `path` names: a folder's, or itself. Raises ValueError, naming every bad file."""
     path = Path(path)
+    if path.suffix in (".bin", ".idx") and not is_there(path):
+        path = path.with_suffix("")
     if path.is_dir():
         stems = sorted({str(file.with_suffix("")) for file in path.iterdir() if file.suffix in (".bin", ".idx")})
         if not stems:
             raise ValueError(f"{path} holds no .bin and .idx files; run data/preprocess_data_for_megatron.py first")
-    elif Path(f"{path}.bin").is_file() or Path(f"{path}.idx").is_file():
+    elif is_there(path):
         stems = [str(path)]
     else:
         raise ValueError(f"{path} is neither a folder nor the prefix of a .bin and an .idx file")

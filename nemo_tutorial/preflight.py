@@ -10,7 +10,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from nemo_tutorial import checkpoints, megatron_data, models, terminal
+from nemo_tutorial import blends, checkpoints, models, terminal
 
 
 def report(problems):
@@ -288,37 +288,12 @@ def disk_problems(folder, needed, what):
 
 
 def pretraining_data(args):
-    """Read the datasets of --dataset_path: (indices, problems)."""
-    indices, problems = [], []
+    """Read the datasets of --dataset_path: (blend or None, problems)."""
     try:
-        for prefix in megatron_data.prefixes(args.dataset_path):
-            try:
-                indices.append(megatron_data.read_index(prefix))
-            except (ValueError, OSError) as error:
-                problems.append(f"--dataset_path: {error}")
+        blend = blends.read(args.dataset_path, args.split)
     except ValueError as error:
-        problems.append(f"--dataset_path: {error}")
-    for index in indices:
-        problems += split_problems(index, args.split)
-    return indices, problems
-
-
-def split_problems(index, split):
-    """A share that rounds to no documents, or too few tokens for a sample: Megatron would hang on it for ever."""
-    try:
-        spans = megatron_data.split_sequences(index.sequences, split)
-    except ValueError as error:
-        return [str(error)]
-    problems = []
-    for name, span in zip(("training", "validation", "test"), spans):
-        if span is not None and span[0] == span[1]:
-            problems.append(
-                f"--split {split}: the {name} share of {index.prefix} ({index.documents} documents) rounds to none, "
-                "and Megatron would wait for ever; give it a larger share, such as --split 90,10,0"
-            )
-    if spans[megatron_data.VALIDATION] is None:
-        problems.append(f"--split {split} leaves nothing to validate on; use one such as 98,2,0")
-    return problems
+        return None, error.args[0]
+    return blend, blends.split_problems(blend, args.seq_length)
 
 
 def finetuning_data(folder, keys):

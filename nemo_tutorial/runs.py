@@ -86,6 +86,7 @@ def _stage(checkpoint, history):
     run, step = checkpoint.parent.parent, checkpoints.step(checkpoint)
     flags = history["starts"][-1]["flags"] if history.get("starts") else {}
     data, peft = flags.get("dataset_path"), flags.get("peft")
+    data = data if isinstance(data, list) else [data] if data else []
     values = {}
     try:
         for line in (run / "record" / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
@@ -98,7 +99,7 @@ def _stage(checkpoint, history):
     return {
         "stage": history.get("stage", "training") + (f" ({peft})" if peft else ""),
         "weights before": f"random, with the shape and tokenizer of `{_public(scratch)}`" if scratch else None,
-        "data": f"`{_public(data)}`" if data else None,
+        "data": f"`{' '.join(map(_public, data))}`" if data else None,
         "steps": step or None,
         "samples a step": flags.get("global_batch_size"),
         "tokens a sample": flags.get("seq_length"),
@@ -309,8 +310,11 @@ def describe(args, model, source):
     )
 
 
-def start(args, stage, source, build_recipe):
-    """Stop here for a dry run; else build the recipe, launch it, check what it left, and exit with its code."""
+def start(args, stage, source, build_recipe, prepare=None):
+    """Stop here for a dry run; else build the recipe, launch it, check what it left, and exit with its code.
+
+    `prepare` takes the recipe and does what must be done once, before there are ranks.
+    """
     if args.dry_run == "plan":
         return
     began = time.monotonic()
@@ -326,6 +330,11 @@ def start(args, stage, source, build_recipe):
         return
     for checkpoint in source.checkpoints():
         _check_content(checkpoint)
+    if prepare:
+        try:
+            prepare(recipe)
+        except OSError as error:
+            terminal.fail([f"before the launch: {error}"], code=1)
     run = folder(args)
     (run / "record").mkdir(parents=True, exist_ok=True)
     history = record(run)

@@ -15,7 +15,7 @@ from pathlib import Path
 # Nothing is installed: make the repository root importable, wherever the script is started from.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from nemo_tutorial import arguments, megatron_data, preflight, runs, terminal
+from nemo_tutorial import arguments, blends, megatron_data, preflight, runs, terminal
 
 
 def parse_args(argv=None):
@@ -24,8 +24,15 @@ def parse_args(argv=None):
     arguments.add_model(parser)
     arguments.add_training(parser, global_batch_size=2048)
     arguments.add_parallelism(parser)
-    parser.add_argument("-D", "--dataset_path", required=True, help="folder of .bin and .idx files, or one prefix")
-    parser.add_argument("--split", default="998,1,0", help="shares for training, validation, test [998,1,0]")
+    parser.add_argument(
+        "-D",
+        "--dataset_path",
+        nargs="+",
+        required=True,
+        metavar="DATA",
+        help="folders or prefixes of .bin and .idx files, a weight before each if wanted; or a blend file (YAML)",
+    )
+    parser.add_argument("--split", help="shares of each source for training, validation, test [998,1,0]")
     arguments.add_logging(parser)
     args = parser.parse_args(argv)
     args.peft = None
@@ -34,18 +41,12 @@ def parse_args(argv=None):
 
 
 def derive_data(args):
-    """Steps an epoch and validation batches from the data: (training tokens, steps an epoch, problems)."""
-    indices, problems = preflight.pretraining_data(args)
-    if problems:
-        return 0, 0, problems
-    shares = [megatron_data.split_tokens(index, args.split) for index in indices]
-    train, validation = sum(share[0] for share in shares), sum(share[1] for share in shares)
+    """Steps and validation batches from the data: (blend or None, steps an epoch, problems)."""
+    blend, problems = preflight.pretraining_data(args)
+    if blend is None:
+        return None, 0, problems
+    train, validation = (sum(part.tokens for part in blend.parts[number]) for number in (0, 1))
     epoch = megatron_data.steps_per_epoch(train, args.seq_length, args.global_batch_size)
-    if min(share[0] for share in shares) <= args.seq_length:
-        problems.append(
-            f"--dataset_path: a training share holds {train} tokens, less than one sample of "
-            f"--seq_length {args.seq_length} needs; add data, or use a shorter --seq_length"
-        )
     if args.max_steps is None and epoch == 0:
         problems.append(
             f"--dataset_path: {train} training tokens are less than one step of --global_batch_size "
@@ -55,10 +56,10 @@ def derive_data(args):
     args.limit_val_batches = args.limit_val_batches or min(32, max(1, batches))
     if not problems:
         args.max_steps = args.max_steps or epoch
-    return train, epoch, problems
+    return blend, epoch, problems
 
 
-def build_recipe(args, model, source):
+def build_recipe(args, model, source, blend):
     """NeMo's recipe for the nearest size, with what the flags and the task change."""
     import nemo_run as run
     from nemo.collections import llm
@@ -69,15 +70,15 @@ def build_recipe(args, model, source):
     recipes.set_model(recipe, args, *source.config_and_tokenizer())
     recipe.data = run.Config(
         llm.PreTrainingDataModule,
-        paths=[str(Path(prefix).absolute()) for prefix in megatron_data.prefixes(args.dataset_path)],
+        paths=blend.paths(),
         seq_length=args.seq_length,
         global_batch_size=args.global_batch_size,
         micro_batch_size=args.micro_batch_size,
         tokenizer=recipe.model.tokenizer,
-        split=args.split,
+        split=blend.split,
         seed=args.seed,
         num_workers=args.num_workers,
-        index_mapping_dir=str(Path("results", args.experiment, "index_mapping").absolute()),
+        index_mapping_dir=str(blends.index_folder(blend, args).absolute()),
     )
     recipes.set_parallelism(recipe, args)
     recipes.set_training(recipe, args)
@@ -92,23 +93,26 @@ def main(argv=None):
     problems = runs.hardware_problems(args)
     source, model, found = runs.weights(args, fallback=None)
     problems += found + runs.model_problems(args, model)
-    train_tokens, epoch, found = derive_data(args)
-    problems += found or runs.data_tokenizer_problems(megatron_data.prefixes(args.dataset_path), source)
+    blend, epoch, found = derive_data(args)
+    problems += found or runs.data_tokenizer_problems(blend.prefixes(), source)
     if args.max_steps:
         problems += runs.schedule_problems(args)
     preflight.report(problems)
+    preflight.report(blends.plan(blend, args))
 
     runs.describe(args, model, source)
+    train = sum(part.tokens for part in blend.parts[0])
     terminal.describe(
         "data",
         [
-            ("training tokens", f"{train_tokens:,}"),
+            ("training tokens", f"{train:,}"),
             ("steps an epoch", f"{epoch:,}"),
-            ("epochs", f"{args.max_steps / epoch:.2f}" if epoch else "less than one step an epoch"),
+            ("epochs", f"{args.max_steps * args.global_batch_size * args.seq_length / train:.2f}"),
             ("validation", f"{args.limit_val_batches} batches every {args.val_check_interval} steps"),
         ],
     )
-    runs.start(args, "pretraining", source, lambda: build_recipe(args, model, source))
+    blends.describe(blend, args)
+    runs.start(args, "pretraining", source, lambda: build_recipe(args, model, source, blend), blends.build_index)
 
 
 if __name__ == "__main__":

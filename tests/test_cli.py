@@ -32,7 +32,9 @@ FLAGS = {
         --source --output_path --overwrite --adapter_only --dtype --max_shard_size --verify --push_to_hub --private
         --dry_run
     """,
-    "data/download_pretrain_data.py": "--dataset --split --text_column --limit --output_path --overwrite --dry_run",
+    "data/download_pretrain_data.py": """
+        --dataset --subset --split --revision --text_column --limit --output_path --overwrite --dry_run
+    """,
     "data/make_tiny_model.py": """
         --output_path --overwrite --vocab_size --hidden_size --intermediate_size --num_hidden_layers
         --num_attention_heads --num_key_value_heads --max_position_embeddings --tie_word_embeddings --seed
@@ -41,7 +43,9 @@ FLAGS = {
         --input --json_keys --output_prefix --tokenizer_type --tokenizer_library --dataset_impl --append_eod
         --add_bos --on_error --workers --overwrite --dry_run
     """,
-    "finetuning/download_split_data.py": "--dataset --split --ratios --seed --output_path --overwrite --dry_run",
+    "finetuning/download_split_data.py": """
+        --dataset --subset --split --revision --ratios --seed --output_path --overwrite --dry_run
+    """,
     "finetuning/finetune.py": TRAINING + "--prompt_template --packed_sequence_size --peft",
     "finetuning/generate.py": """
         --model --prompt --questions --limit --max_new_tokens --trust_remote_code --output_path
@@ -210,7 +214,7 @@ def test_dash_and_underscore_are_alike(script, argv, load_script):
 
 def test_dashes_in_values_stay(load_script):
     args = load_script("pretraining/pretrain.py").parse_args(["--dataset-path=data/a-b", "--experiment", "c-d"])
-    assert (args.dataset_path, args.experiment) == ("data/a-b", "c-d")
+    assert (args.dataset_path, args.experiment) == (["data/a-b"], "c-d")
 
 
 @training_scripts

@@ -1,7 +1,5 @@
 """The Hub: downloads, uploads and every way they fail, against a server of our own that speaks the Hub's protocol."""
 
-import base64
-import hashlib
 import json
 import os
 import re
@@ -9,229 +7,19 @@ import shlex
 import shutil
 import subprocess
 import sys
-import threading
 import time
 import types
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import unquote, urlparse
 
 import pytest
 from conftest import script
+from hub_server import TOKEN, Answer, environment
 
 from nemo_tutorial import checkpoints, hub, models, runs
 
-TOKEN = "hf_canary0123456789"
 IMPORT = "convert_ckpt/convert_from_hf_to_nemo.py"
 EXPORT = "convert_ckpt/convert_from_nemo_to_hf.py"
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
-
-
-class Answer(BaseHTTPRequestHandler):
-    """One request to the Hub. Files that end in .safetensors are kept elsewhere, as the Hub keeps large ones."""
-
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *args):
-        pass
-
-    def send(self, status=200, body=b"", sent=None, **headers):
-        body = body if isinstance(body, bytes) else json.dumps(body).encode()
-        self.send_response(status)
-        self.send_header("Content-Length", headers.pop("Content_Length", len(body)))
-        for name, value in headers.items():
-            self.send_header(name.replace("_", "-"), value)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body if sent is None else body[:sent])
-        self.close_connection = self.close_connection or sent is not None
-
-    def answer(self):
-        server, path = self.server, unquote(urlparse(self.path).path)
-        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        server.log.append((self.command, path, self.headers.get("Host"), self.headers.get("Authorization")))
-        for number, (pattern, times, status, headers) in enumerate(server.failures):
-            if times and re.search(pattern, f"{self.command} {path}"):
-                server.failures[number] = (pattern, times - 1, status, headers)
-                return self.send(status, {"error": "made to fail"}, **headers)
-        for pattern, method in (
-            (r"/api/models/([^/]+/[^/]+?)(?:/revision/(.+))?", self.info),
-            (r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", self.resolve),
-            (r"/stored/(\w+)", self.stored),
-            (r"/api/repos/create", self.create),
-            (r"/api/validate-yaml", self.validate),
-            (r"/api/models/([^/]+/[^/]+)/preupload/main", self.preupload),
-            (r"/([^/]+/[^/]+)\.git/info/lfs/objects/batch", self.batch),
-            (r"/verify", self.verify),
-            (r"/api/models/([^/]+/[^/]+)/commit/main", self.commit),
-        ):
-            match = re.fullmatch(pattern, path)
-            if match:
-                return method(body, *match.groups())
-        self.send(404, {"error": f"{self.command} {path} is not made yet"})
-
-    do_GET = do_HEAD = do_POST = do_PUT = answer
-
-    def files(self, repo, revision):
-        """The commit and files of a revision; None, with the Hub's answer sent, if there is none to be seen."""
-        found = self.server.repos.get(repo)
-        if found is None:
-            return self.send(404, {"error": "Repository not found"}, X_Error_Code="RepoNotFound")
-        commit = found["refs"].get(revision or "main", revision)
-        if commit not in found["commits"]:
-            return self.send(404, {"error": f"Invalid rev id: {revision}"}, X_Error_Code="RevisionNotFound")
-        return commit, found["commits"][commit]
-
-    def info(self, body, repo, revision):
-        found = self.files(repo, revision)
-        if found:
-            siblings = [{"rfilename": name} for name in found[1]]
-            private = self.server.repos[repo].get("private", False)
-            self.send(body={"id": repo, "sha": found[0], "siblings": siblings, "private": private})
-
-    def resolve(self, body, repo, revision, name):
-        found = self.files(repo, revision)
-        if not found:
-            return
-        commit, files = found
-        if self.server.repos[repo].get("gated"):
-            status = 403 if self.headers.get("Authorization") else 401
-            return self.send(status, {"error": "restricted"}, X_Error_Code="GatedRepo")
-        if name not in files:
-            return self.send(404, {"error": "no"}, X_Error_Code="EntryNotFound", X_Repo_Commit=commit)
-        data = files[name]
-        if not name.endswith(".safetensors"):
-            etag = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
-            return self.send(body=data, ETag=f'"{etag}"', X_Repo_Commit=commit)
-        oid = hashlib.sha256(data).hexdigest()
-        self.server.store[oid] = data
-        # Another host, as the Hub's storage is: huggingface_hub must not send it the token.
-        self.send(
-            302,
-            Location=f"http://localhost:{self.server.server_port}/stored/{oid}",
-            X_Repo_Commit=commit,
-            X_Linked_ETag=f'"{oid}"',
-            X_Linked_Size=len(data),
-        )
-
-    def stored(self, body, oid):
-        if self.command == "PUT":
-            if hashlib.sha256(body).hexdigest() != oid:
-                return self.send(400, {"error": "the content is not what was announced"})
-            self.server.store[oid] = body
-            return self.send()
-        data, status, headers = self.server.store[oid], 200, {}
-        wanted = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range") or "")
-        if wanted:
-            start, status = int(wanted.group(1)), 206
-            headers["Content_Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
-            data = data[start:]
-        cut, self.server.cut = self.server.cut, max(0, self.server.cut - 1)
-        self.send(status, data, sent=len(data) // 2 if cut else None, ETag=f'"{oid}"', **headers)
-
-    def create(self, body):
-        asked = json.loads(body)
-        repo = f"{asked['organization']}/{asked['name']}"
-        status = 409 if repo in self.server.repos else 200
-        self.server.repos.setdefault(
-            repo, {"refs": {"main": "0" * 40}, "commits": {"0" * 40: {}}, "private": asked.get("private", False)}
-        )
-        self.send(status, {"url": f"{self.server.url}/{repo}"})
-
-    def validate(self, body):
-        self.send(body={"warnings": [], "errors": []})
-
-    def preupload(self, body, repo):
-        names = [file["path"] for file in json.loads(body)["files"]]
-        modes = {True: "lfs", False: "regular"}
-        answers = [
-            {"path": name, "uploadMode": modes[name.endswith(".safetensors")], "shouldIgnore": False} for name in names
-        ]
-        self.send(body={"files": answers})
-
-    def batch(self, body, repo):
-        def action(what):
-            return {"href": f"{self.server.url}/{what}"}
-
-        objects = [
-            item | {"actions": {"upload": action(f"stored/{item['oid']}"), "verify": action("verify")}}
-            for item in json.loads(body)["objects"]
-        ]
-        self.send(body={"transfer": "basic", "objects": objects})
-
-    def verify(self, body):
-        item = json.loads(body)
-        stored = self.server.store.get(item["oid"])
-        self.send(200 if stored is not None and len(stored) == item["size"] else 404, {})
-
-    def commit(self, body, repo):
-        files = {}
-        for line in map(json.loads, body.splitlines()):
-            value = line["value"]
-            if line["key"] == "file":
-                files[value["path"]] = base64.b64decode(value["content"])
-            if line["key"] == "lfsFile":
-                files[value["path"]] = self.server.store[value["oid"]]
-        oid = hashlib.sha1(body).hexdigest()
-        found = self.server.repos[repo]
-        found["commits"][oid] = found["commits"][found["refs"]["main"]] | files
-        found["refs"]["main"] = oid
-        self.send(body={"commitUrl": f"{self.server.url}/{repo}/commit/{oid}", "commitOid": oid, "success": True})
-
-
-@pytest.fixture
-def server():
-    """A Hub: `repos`, `log` of requests, `failures` (pattern, times, status, headers), `cut` downloads broken off."""
-    running = ThreadingHTTPServer(("127.0.0.1", 0), Answer)
-    running.daemon_threads = True
-    running.url = f"http://127.0.0.1:{running.server_port}"
-    running.repos, running.store, running.log, running.failures, running.cut = {}, {}, [], [], 0
-
-    def add(repo, folder, **more):
-        files = {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}
-        commit = hashlib.sha1(repr((repo, files)).encode()).hexdigest()
-        found = running.repos.setdefault(repo, {"refs": {}, "commits": {}} | more)
-        found["commits"][commit] = files
-        found["refs"]["main"] = commit
-        return commit
-
-    running.add = add
-    thread = threading.Thread(target=running.serve_forever, args=(0.01,))
-    thread.start()
-    yield running
-    running.shutdown()
-    running.server_close()
-    thread.join()
-
-
-@pytest.fixture
-def here(server, tmp_path, monkeypatch):
-    """This process, with the server as its Hub and an empty cache; a folder to work in."""
-    from huggingface_hub import constants, file_download
-    from huggingface_hub.utils import disable_progress_bars, reset_sessions
-
-    disable_progress_bars()
-    reset_sessions()
-    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
-        monkeypatch.delenv(name, raising=False)
-    cache = str(tmp_path / "cache/hub")
-    monkeypatch.setenv("HF_HUB_CACHE", cache)
-    for name, value in {
-        "ENDPOINT": server.url,
-        "HF_HUB_CACHE": cache,
-        "HF_TOKEN_PATH": str(tmp_path / "no_token"),
-        "HF_HUB_OFFLINE": False,
-        "HF_HUB_DISABLE_XET": True,
-    }.items():
-        monkeypatch.setattr(constants, name, value)
-    template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr(file_download, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-    monkeypatch.setattr(hub, "WAITS", (0, 0))
-    work = tmp_path / "work"
-    work.mkdir()
-    monkeypatch.chdir(work)
-    yield work
-    reset_sessions()
 
 
 @pytest.fixture
@@ -556,16 +344,6 @@ def test_token_goes_to_the_hub_only(server, imports, hf_folder, tmp_path, monkey
 def assert_nowhere(folder):
     files = [path for path in folder.rglob("*") if path.is_file()]
     assert files and not [path for path in files if TOKEN.encode() in path.read_bytes()]
-
-
-def environment(server, tmp_path):
-    return {
-        "HF_ENDPOINT": server.url,
-        "HF_HOME": str(tmp_path / "home"),
-        "HF_TOKEN": TOKEN,
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_HUB_OFFLINE": "0",
-    }
 
 
 def test_the_script_itself(server, tmp_path):

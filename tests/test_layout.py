@@ -11,7 +11,9 @@ from conftest import ROOT
 
 STDLIB_ONLY = (
     "arguments",
+    "blends",
     "checkpoints",
+    "corpora",
     "dataset_report",
     "dataset_writer",
     "documents",

@@ -258,7 +258,7 @@ def test_pretrain(tmp_path):
         "learning rate first 9.09e-07, peak 1e-05, half 6.28e-06, last 1e-06",
         "training tokens 39,960,000",  # 1998 of the 2000 documents
         "steps an epoch 2",
-        "epochs 50.00",
+        "epochs 41.99",  # 100 steps of 16,777,216 tokens
         "validation 1 batches every 20 steps",
     ):
         assert line in lines
