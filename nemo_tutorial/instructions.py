@@ -99,6 +99,7 @@ def preview(args, tokenizer_folder, count):
 
 def _cached(folder, make):
     """Make `folder` whole by `make`(folder to write in), or wait for another process that is just making it."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
     said = False
     while not folder.is_dir():
         try:
