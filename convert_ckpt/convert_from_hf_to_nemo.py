@@ -12,6 +12,7 @@ No GPU is needed, and memory for the largest tensor only: the weights pass throu
 
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 # Nothing is installed: make the repository root importable, wherever the script is started from.
@@ -26,6 +27,11 @@ def parse_args(argv=None):
     parser.add_argument("--revision", default="main", help="branch, tag or commit of a Hub id [main]")
     arguments.add_output(parser, "the NeMo checkpoint")
     arguments.add_verify(parser)
+    parser.add_argument(
+        "--trust_remote_code",
+        action="store_true",
+        help="accept a model that brings code of its own: its tokenizer's is run, its model's is not [refused]",
+    )
     arguments.add_dry_run(parser)
     return parser.parse_args(argv)
 
@@ -41,8 +47,8 @@ def source_folder(args, problems):
     preflight.report(problems)  # before the download
     try:
         # First what is small: a model that can't be converted, or has no place here, costs no download.
-        papers = hub.download_papers(args.source, args.revision)
-        model = models.from_hf(papers)
+        papers = hub.download_papers(args.source, args.revision, args.trust_remote_code)
+        model = models.from_hf(papers, args.trust_remote_code)
         what = f"--output_path {args.output_path}"
         preflight.report(preflight.disk_problems(args.output_path, 2 * model.parameters, what))
         return hub.download_weights(args.source, papers)
@@ -55,7 +61,7 @@ def main(argv=None):
     problems, model, files = preflight.output_problems(args, [args.source]), None, []
     folder = source_folder(args, problems)
     try:
-        model = models.from_hf(folder)
+        model = models.from_hf(folder, args.trust_remote_code)
         files = models.weight_files(folder)
     except ValueError as error:
         problems.append(f"--source: {error}")
@@ -85,11 +91,14 @@ def main(argv=None):
     try:
         with checkpoints.published(args.output_path, args.overwrite) as partial:
             conversion.import_model(folder, model, partial)
-            rows += conversion.verify(partial, folder, partial, args.verify)
+            conversion.settle(partial)
+            with ThreadPoolExecutor(1) as pool:  # hashed while it is read to be verified
+                files = pool.submit(checkpoints.fingerprints, partial)
+                rows += conversion.verify(partial, folder, args.verify)
             facts = {"source": args.source, "folder": str(Path(folder).absolute()), "versions": compat.versions()}
             if models.is_hub_id(args.source):  # the Hub's cache names the folder by the commit
                 facts |= {"revision": args.revision, "commit": Path(folder).name}
-            checkpoints.write_manifest(partial, **facts)
+            checkpoints.write_manifest(partial, files.result(), **facts)
     except (ValueError, OSError) as error:
         terminal.fail([f"{error}; nothing was written"], code=1)
     terminal.describe("imported", [*rows, ("seconds", f"{time.monotonic() - began:.0f}")])

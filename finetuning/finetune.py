@@ -185,15 +185,28 @@ def describe(args, model, source, rows, data):
     )
 
 
+def peft_problems(args):
+    """What NeMo trains wrongly."""
+    if args.peft == "dora" and args.tensor_model_parallel_size > 1:
+        return [
+            f"--peft dora with --tensor_model_parallel_size {args.tensor_model_parallel_size}: NeMo takes the norms of "
+            "each rank's part of a weight for those of the whole; use --tensor_model_parallel_size 1, or --peft lora"
+        ]
+    return []
+
+
 def build_recipe(args, model, source, data):
     """NeMo's recipe for the nearest size, with what the flags and the task change."""
     import nemo_run as run
     from nemo.collections import llm
     from nemo.collections.llm.gpt.data.packed_sequence import PackedSequenceSpecs
 
-    from nemo_tutorial import recipes, tuning_data
+    from nemo_tutorial import adapters, recipes, tuning_data
 
     recipe = recipes.start(model.recipe, "finetune_recipe", args)
+    inside = adapters.NORM_INSIDE.get(model.family.architecture)
+    if args.peft and inside:  # else the adapter could be neither merged nor exported
+        recipe.peft.target_modules = [name for name in adapters.LINEAR if name not in inside]
     config, tokenizer = source.config_and_tokenizer()
     if data.chat_template:  # kept with every checkpoint, so that an exported model is asked in the same words
         tokenizer = prompts.write_tokenizer(tokenizer, runs.folder(args) / "nemo_tokenizer", data.chat_template)
@@ -239,7 +252,7 @@ def main(argv=None):
     args = parse_args(argv)
     problems = runs.hardware_problems(args)
     source, model, found = runs.weights(args, fallback="newest")
-    problems += found + runs.model_problems(args, model)
+    problems += found + runs.model_problems(args, model) + peft_problems(args)
     rows, found = preflight.finetuning_data(args.dataset_path)
     problems += found + prompts.template_problems(args.prompt_template, args.system_prompt) + packing_problems(args)
     planned = args

@@ -28,6 +28,7 @@ def parse_args(argv=None):
     parser.add_argument("--system_prompt", type=prompts.unescaped, help="that of the training [none]")
     parser.add_argument("--limit", type=arguments.positive, help="ask only the first ones [all]")
     parser.add_argument("--max_new_tokens", type=arguments.positive, default=64, help="[64]")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run the tokenizer's own code [refused]")
     parser.add_argument("--output_path", help="write questions and replies here as JSON as well")
     return parser.parse_args(argv)
 
@@ -41,7 +42,7 @@ def main(argv=None):
     args = parse_args(argv)
     problems = []
     try:
-        models.from_hf(args.model)
+        models.from_hf(args.model, args.trust_remote_code)
         models.weight_files(args.model)
     except ValueError as error:
         problems.append(f"--model: {error}")
@@ -60,7 +61,7 @@ def main(argv=None):
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=args.trust_remote_code)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype="auto").to(device)
     ends = model.generation_config.eos_token_id

@@ -1,4 +1,4 @@
-"""Merge a LoRA checkpoint into the model that it was trained on: a full NeMo 2 checkpoint, ready for export.
+"""Merge a LoRA or DoRA checkpoint into the model that it was trained on: a full NeMo 2 checkpoint, ready for export.
 
 From the repository root:
 
@@ -6,10 +6,9 @@ From the repository root:
         --source "results/llama31_finetuning/checkpoints/NAME-last" --output_path nemo_ckpt/merged
 
 The base model is looked for where it was when the adapter was trained; if it has moved, name it with --base.
-No GPU is needed.
+No GPU is needed, and memory for the largest tensor only.
 """
 
-import json
 import sys
 import time
 from pathlib import Path
@@ -31,11 +30,10 @@ def parse_args(argv=None):
 
 def base_model(args):
     """The checkpoint that the adapter was trained on: (path, problems)."""
-    metadata = Path(args.source) / "weights" / "adapter_metadata.json"
     try:
-        trained_on = json.loads(metadata.read_text(encoding="utf-8"))["model_ckpt_path"].removesuffix("/weights")
-    except (OSError, ValueError, KeyError) as error:
-        return None, [f"--source: {metadata} can't be read ({error!r})"]
+        trained_on = checkpoints.adapter_base(args.source)
+    except ValueError as error:
+        return None, [f"--source: {error}"]
     base = args.base or trained_on
     problem = checkpoints.problem(base)
     if problem and not args.base:
@@ -76,16 +74,18 @@ def main(argv=None):
     if args.dry_run:
         return
 
-    from nemo_tutorial import conversion
+    from nemo_tutorial import adapters
 
     began = time.monotonic()
-    with checkpoints.published(args.output_path, args.overwrite) as partial:
-        conversion.merge(Path(args.source), Path(base), partial)
-        problem = checkpoints.problem(partial)
-        if problem:
-            terminal.fail([f"the merged checkpoint is not whole: {problem}; nothing was written"], code=1)
-        checkpoints.write_manifest(partial, adapter=str(Path(args.source).absolute()))
-    terminal.describe("merged", [("checkpoint", args.output_path), ("seconds", f"{time.monotonic() - began:.0f}")])
+    rows = [("checkpoint", args.output_path)]
+    try:
+        with checkpoints.published(args.output_path, args.overwrite) as partial:
+            with checkpoints.unchanged(base, args.source):
+                rows += adapters.merge(Path(args.source), Path(base), partial)
+            checkpoints.write_manifest(partial, adapter=str(Path(args.source).absolute()))
+    except (ValueError, OSError) as error:
+        terminal.fail([f"{error}; nothing was written"], code=1)
+    terminal.describe("merged", [*rows, ("seconds", f"{time.monotonic() - began:.0f}")])
 
 
 if __name__ == "__main__":

@@ -79,6 +79,13 @@ def positive(text):
     return int(text)
 
 
+def file_size(text):
+    """An argparse type: a size of files as Hugging Face writes it, such as 5GB."""
+    if not re.fullmatch(r"[1-9]\d*(K|M|G|T)B", text.strip().upper()):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size of files; write it like 5GB or 500MB")
+    return text.strip().upper()
+
+
 def add_dry_run(parser):
     """--dry_run: say what was derived, and stop."""
     parser.add_argument(
@@ -179,6 +186,9 @@ def add_parallelism(parser):
     group.add_argument("-T", "--tensor_model_parallel_size", type=positive, default=1, help="[1]")
     group.add_argument("-P", "--pipeline_model_parallel_size", type=positive, default=1, help="[1]")
     group.add_argument("-C", "--context_parallel_size", type=positive, default=1, help="[1]")
+    group.add_argument(
+        "--expert_model_parallel_size", type=positive, default=1, help="mixtures of experts: GPUs that share them [1]"
+    )
     # Not BooleanOptionalAction: its --no-sequence_parallel would be out of reach, because `-` becomes `_`.
     group.add_argument(
         "--sequence_parallel",

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from nemo_tutorial import models, terminal
@@ -17,7 +18,7 @@ ASSETS = (
     "added_tokens.json tokenizer.model vocab.json vocab.txt merges.txt chat_template.jinja chat_template.json"
 ).split()
 MANIFEST = "manifest.json"  # of a checkpoint that we imported: its files, their sizes and hashes, and its source
-HASHED = 1 << 20  # larger files are weights, whose records carry checksums of their own
+LARGE = 1 << 20  # larger files are weights: their content is checked only before it is used
 UNFINISHED = "-unfinished"  # NeMo's marker beside a checkpoint that is being written or removed
 
 
@@ -29,6 +30,15 @@ def is_nemo(path):
 def is_adapter(path):
     """Whether a checkpoint holds only a LoRA or DoRA adapter."""
     return (Path(path) / "weights" / "adapter_metadata.json").is_file()
+
+
+def adapter_base(path):
+    """The checkpoint that an adapter was trained on, as it was named then. Raises ValueError."""
+    file = Path(path) / "weights" / "adapter_metadata.json"
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))["model_ckpt_path"].removesuffix("/weights")
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{file} can't be read ({error!r})") from None
 
 
 def problem(path):
@@ -53,12 +63,16 @@ def problem(path):
     return None
 
 
-def write_manifest(path, **facts):
-    """Write down what a finished checkpoint consists of: every file's size, the small ones' SHA-256, and `facts`."""
-    path = Path(path)
-    files = {str(file.relative_to(path)): _fingerprint(file) for file in sorted(path.rglob("*")) if file.is_file()}
-    text = json.dumps({**facts, "files": files}, indent=1, ensure_ascii=False)
-    (path / MANIFEST).write_text(text + "\n", encoding="utf-8")
+def fingerprints(path):
+    """Size and SHA-256 of every file in a folder: {name: {"size", "sha256"}}."""
+    files = [file for file in sorted(Path(path).rglob("*")) if file.is_file()]
+    return {str(file.relative_to(path)): _fingerprint(file) for file in files}
+
+
+def write_manifest(path, files=None, **facts):
+    """Write down what a finished checkpoint consists of: its files (`fingerprints`, if they are known), and `facts`."""
+    text = json.dumps({**facts, "files": files or fingerprints(path)}, indent=1, ensure_ascii=False)
+    (Path(path) / MANIFEST).write_text(text + "\n", encoding="utf-8")
 
 
 def manifest(path):
@@ -69,13 +83,20 @@ def manifest(path):
         return {}
 
 
-def _fingerprint(file):
-    size = file.stat().st_size
-    return {"size": size} | ({"sha256": hashlib.sha256(file.read_bytes()).hexdigest()} if size <= HASHED else {})
+def _fingerprint(file, progress=lambda size: None):
+    digest = hashlib.sha256()
+    with open(file, "rb") as opened:
+        while block := opened.read(1 << 22):  # hashlib lets other threads run meanwhile
+            digest.update(block)
+            progress(len(block))
+        return {"size": opened.tell(), "sha256": digest.hexdigest()}
 
 
 def damage(path):
-    """What of a checkpoint is no longer as its manifest says, or None (also if it has no manifest)."""
+    """What of a checkpoint is no longer as its manifest says, or None (also if it has no manifest).
+
+    Looks at every file's size and at the small ones' content; `changed` looks at the large ones'.
+    """
     path = Path(path)
     if not (path / MANIFEST).is_file():
         return None
@@ -84,14 +105,49 @@ def damage(path):
         for name, expected in files.items():
             if not (path / name).is_file():
                 return f"{path} is incomplete: {name} is missing"
-            found = _fingerprint(path / name)
-            if found["size"] != expected["size"]:
-                return f"{path} is damaged: {name} has {found['size']} bytes of {expected['size']}"
-            if found != expected:
-                return f"{path} is damaged: {name} has other content than when it was imported"
+            found = (path / name).stat().st_size
+            if found != expected["size"]:
+                return f"{path} is damaged: {name} has {found} bytes of {expected['size']}"
+            if found <= LARGE and _fingerprint(path / name) != expected:
+                return f"{path} is damaged: {name} has other content than when it was written"
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"{path} is damaged: {MANIFEST} can't be read ({error!r})"
     return None
+
+
+def changed(path, progress=lambda size: None):
+    """Which large file of a checkpoint has other content than its manifest says, as a sentence; or None."""
+    large = {name: entry for name, entry in manifest(path).get("files", {}).items() if entry["size"] > LARGE}
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        found = pool.map(lambda name: _fingerprint(Path(path) / name, progress), large)
+        for name, fingerprint in zip(large, found):
+            if fingerprint != large[name]:
+                return f"{path} is damaged: {name} has other content than when it was written"
+    return None
+
+
+@contextlib.contextmanager
+def unchanged(*paths):
+    """Check large files against the manifests while they are read. Raises ValueError, after the block, if one changed.
+
+    Nearly free: what one thread has read from the disk is there for the other.
+    """
+    with ThreadPoolExecutor(len(paths)) as pool:
+        found = [pool.submit(changed, path) for path in paths]
+        yield
+        for result in found:
+            if result.result():
+                raise ValueError(result.result())
+
+
+def hugging_face_base(adapter):
+    """The Hugging Face model that an adapter's base was imported from: (Hub id, folder or None; commit or None)."""
+    try:
+        found = manifest(adapter_base(adapter))
+    except ValueError:
+        return None, None
+    commit = found.get("commit")
+    return (found["source"], commit) if commit else (found.get("folder"), None)
 
 
 def step(path):
@@ -126,9 +182,13 @@ def newest_pretraining(results):
 
 
 def copy_assets(source, target):
-    """Copy a Hugging Face folder's tokenizer and configuration, byte for byte, without its weights."""
+    """Copy a Hugging Face folder's tokenizer and configuration, byte for byte, without its weights.
+
+    Its code, too, if it asks to run it.
+    """
     Path(target).mkdir(parents=True, exist_ok=True)
-    for name in ASSETS:
+    code = [file.name for file in Path(source).glob("*.py")] if models.remote_code(source) else []
+    for name in (*ASSETS, *code):
         if (Path(source) / name).is_file():
             shutil.copyfile(Path(source) / name, Path(target) / name)
 

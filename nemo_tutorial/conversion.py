@@ -8,21 +8,22 @@ import nemo_tutorial.cpu  # noqa: F401  (before NeMo: without a GPU, conversion 
 
 # isort: split
 import contextlib
+import functools
 import json
 import math
 import os
-import shutil
-import sys
 import tempfile
 from pathlib import Path
 
+import psutil
 import torch
+import transformers
 from nemo.collections import llm
+from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTokenizer as Tokenizer
 from nemo.lightning import io, teardown
-from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from nemo_tutorial import checkpoints, models, weights
+from nemo_tutorial import checkpoints, models, terminal, weights
 
 
 def importer(folder, model):
@@ -34,47 +35,64 @@ def importer(folder, model):
 
         @property
         def config(self):
-            with _generation_config_optional():
+            with _importers_mended(model.family):
                 config = super().config
             return _exact(config, AutoConfig.from_pretrained(folder), model.family)
 
         def save_hf_tokenizer_assets(self, tokenizer_name_or_path, save_path=None):
-            # Stays until this process ends: NeMo copies it when the checkpoint's context is written.
-            self.assets = Path(tempfile.mkdtemp(prefix="nemo_tutorial_")) / "nemo_tokenizer"
-            checkpoints.copy_assets(tokenizer_name_or_path, self.assets)
-            return str(self.assets)
+            # Stays as long as this importer: NeMo copies it when the checkpoint's context is written.
+            self.assets = tempfile.TemporaryDirectory(prefix="nemo_tutorial_")
+            checkpoints.copy_assets(tokenizer_name_or_path, Path(self.assets.name) / "nemo_tokenizer")
+            return f"{self.assets.name}/nemo_tokenizer"
+
+        @property
+        def tokenizer(self):
+            # Qwen's importers trust it always, all others never.
+            return Tokenizer(self.save_hf_tokenizer_assets(str(self)), trust_remote_code=models.tokenizer_code(folder))
 
         def apply(self, output_path):
             source, target = weights.HuggingFace(folder), self.init()
             trainer = self.nemo_setup(target, ckpt_async_save=False)
-            parameters = {_nemo_name(name): parameter for name, parameter in target.named_parameters()}
-            shapes = {name: weights.like(value.shape, value.dtype) for name, value in parameters.items()}
+            shapes = {name: weights.like(value.shape, value.dtype) for name, value in nemo_parameters(target).items()}
             table = weights.Table(self, source.meta, shapes, AutoConfig.from_pretrained(folder), target.config)
             missing = [f"{name}: NeMo's {model.family.nemo_model} has no place for it" for name in table.unused]
             missing += [f"{name}: there is nothing for it in {folder}" for name in table.unmade]
             if missing:
                 raise ValueError("; ".join(missing))
-            with _progress("import", source.meta) as progress:
-                make = weights.writer(parameters, table, source, progress)
-                trainer.strategy.unwrapped_checkpoint_io._save_sharded_strategy = weights.Streamed(make)
-                self.nemo_save(output_path, trainer)
-            teardown(trainer, target)
+            made = functools.partial(table.tensor, source)
+            write_nemo(self, target, trainer, made, output_path, "import")
             return output_path
 
     return Importer(str(own))
 
 
 @contextlib.contextmanager
-def _generation_config_optional():
-    """Most of NeMo's importers stop at a folder without a generation_config.json, which many models lack."""
-    own = GenerationConfig.from_pretrained
-    GenerationConfig.from_pretrained = lambda folder: (
-        own(folder) if (Path(folder.removeprefix("hf://")) / "generation_config.json").is_file() else None
-    )
+def _importers_mended(family):
+    """Most of NeMo's importers stop at a folder without a generation_config.json, which many models lack.
+
+    And write a context that can't be loaded if it is one that transformers reads but won't save, as Llama 2's. (The
+    file itself is carried as it is.) That of Gemma 2 reads config.json as Gemma's, which knows no defaults of Gemma 2's
+    own fields.
+    """
+    own, gemma = GenerationConfig.from_pretrained, transformers.GemmaConfig
+
+    def read(folder):
+        if not (Path(folder.removeprefix("hf://")) / "generation_config.json").is_file():
+            return None
+        found = own(folder)
+        try:
+            found.validate(strict=True)
+        except ValueError:
+            return None
+        return found
+
+    GenerationConfig.from_pretrained = read
+    if family.nemo_model == "Gemma2Model":
+        transformers.GemmaConfig = transformers.Gemma2Config
     try:
         yield
     finally:
-        GenerationConfig.from_pretrained = own
+        GenerationConfig.from_pretrained, transformers.GemmaConfig = own, gemma
 
 
 def _exact(config, hf, family):
@@ -89,6 +107,12 @@ def _exact(config, hf, family):
         "seq_length": hf.max_position_embeddings,  # Mistral's takes the window
         "rotary_base": hf.rope_theta,  # Gemma's and others' leave some of these out
     }
+    if family.experts:  # Qwen3's takes its class's numbers
+        fields["num_moe_experts"] = getattr(hf, family.experts["num_experts"])
+        fields["moe_router_topk"] = hf.num_experts_per_tok
+        fields["moe_ffn_hidden_size"] = getattr(hf, family.experts["moe_intermediate_size"])
+        # Whether the chosen experts' weights are of all experts' softmax, or add up to 1, as Mixtral's always do.
+        fields["moe_router_pre_softmax"] = not getattr(hf, "norm_topk_prob", True)
     if family.partial_rotary:
         fields["rotary_percent"] = hf.partial_rotary_factor
     if family.window:
@@ -111,21 +135,32 @@ def _exact(config, hf, family):
     return config
 
 
-def _nemo_name(name):
-    """A parameter's name in NeMo's tables, which know Transformer Engine's layers only."""
-    name = name.removeprefix("module.")
-    if not torch.cuda.is_available():
-        for te, local in nemo_tutorial.cpu.LOCAL_NAMES.items():
-            name = name.replace(local, te)
-    return name
+def nemo_parameters(model):
+    """A NeMo model's parameters by their names in NeMo's tables, which know Transformer Engine's layers only."""
+    local_names = {} if torch.cuda.is_available() else nemo_tutorial.cpu.LOCAL_NAMES
+    found = {}
+    for name, parameter in model.named_parameters():
+        name = weights.one_by_one(name.removeprefix("module."))
+        for te, local in local_names.items():
+            # Experts have their norm before them in Transformer Engine's layers too.
+            if not (model.config.num_moe_experts and ".mlp." in te):
+                name = name.replace(local, te)
+        found[name] = parameter
+    return found
 
 
-@contextlib.contextmanager
-def _progress(what, tensors):
-    """A bar of bytes on a terminal: GB, GB/s and time left; gives the function to call with each number of bytes."""
-    total = sum(tensor.numel() * tensor.dtype.itemsize for tensor in tensors.values())
-    with tqdm(desc=what, total=total, unit="B", unit_scale=True, disable=not sys.stderr.isatty()) as bar:
-        yield bar.update
+def write_nemo(connector, model, trainer, tensor, output, what):
+    """Write a model that nemo_setup has prepared as the NeMo checkpoint `output`; `tensor` gives values by NeMo's name.
+
+    The model's parameters have no values: nothing but the tensor that is written is in memory.
+    """
+    parameters = nemo_parameters(model)
+    with terminal.progress(what, weights.size(parameters)) as progress:
+        make = weights.writer(parameters, tensor, progress)
+        trainer.strategy.unwrapped_checkpoint_io._save_sharded_strategy = weights.Streamed(make)
+        connector.nemo_save(output, trainer)
+    trainer.strategy._lightning_module = None  # on a GPU's machine it is without values: nothing to move
+    teardown(trainer, model)
 
 
 def exporter(checkpoint, target="hf"):
@@ -142,6 +177,7 @@ def exporter(checkpoint, target="hf"):
                 return AutoConfig.from_pretrained(folder)
             config = super().config
             config.vocab_size = io.load_context(checkpoint / "context", subpath="model.config").vocab_size
+            config.architectures = [models.from_nemo(checkpoint).family.architecture]  # Qwen3's names no experts
             return config
 
     return Exporter(str(checkpoint))
@@ -150,7 +186,7 @@ def exporter(checkpoint, target="hf"):
 def export_table(checkpoint, dtype=None):
     """How a checkpoint becomes a Hugging Face model: (its weights, the table, the Hugging Face config).
 
-    `dtype` is that of the Hugging Face model; None: the checkpoint's.
+    `dtype` is that of the Hugging Face model, such as "float16"; None: each tensor's own.
     """
     own = exporter(checkpoint)
     source = weights.Megatron(checkpoint)
@@ -158,11 +194,13 @@ def export_table(checkpoint, dtype=None):
     config = own.config
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    dtype = dtype or source.meta["embedding.word_embeddings.weight"].dtype
-    shapes = {name: weights.like(value.shape, dtype) for name, value in model.state_dict().items()}
+    shapes = dict(model.state_dict())
     if config.tie_word_embeddings:
         del shapes["lm_head.weight"]
     table = weights.Table(own, source.meta, shapes, nemo_config, config)
+    for name, step in table.maker.items():
+        own_dtype = source.meta[step.sources[0]].dtype
+        shapes[name] = weights.like(shapes[name].shape, getattr(torch, dtype) if dtype else own_dtype)
     missing = [f"{name}: transformers' {type(model).__name__} has no place for it" for name in table.unused]
     missing += [f"{name}: there is nothing for it in {checkpoint}" for name in table.unmade]
     if missing:
@@ -175,31 +213,36 @@ def import_model(folder, model, output):
     importer(folder, model)(output_path=Path(output))
 
 
-def verify(checkpoint, folder, written, how):
+def settle(folder):
+    """Have what was just written come from the disk, not from memory, when it is read again."""
+    for file in Path(folder).rglob("*"):
+        if file.is_file():
+            with open(file, "rb") as opened:
+                os.fsync(opened.fileno())
+                os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def verify(checkpoint, folder, how, dtype=None):
     """Check a conversion: rows to show. Raises ValueError naming every tensor that differs.
 
-    `written` is the one of the two that was written. `how`: "tensors" compares names, shapes, dtypes and bits as read
-    back from disk; "logits" also runs both models.
+    `how`: "tensors" compares names, shapes, dtypes and bits, with NeMo's side cast to `dtype` if that is given;
+    "logits" also runs both models.
     """
     if how == "none":
         return [("tensors", "not compared (--verify none)")]
-    compared, different = compare(checkpoint, folder, written)
+    compared, different = compare(checkpoint, folder, dtype)
     if different:
         raise ValueError("; ".join(f"{name}: {why}" for name, why in different))
-    rows = [("tensors", f"{compared} read back and compared: all bit-equal")]
+    rows = [("tensors", f"{compared} read back and compared: all bit-equal" + (f" as {dtype}" if dtype else ""))]
     return rows + (compare_logits(checkpoint, folder) if how == "logits" else [])
 
 
-def compare(checkpoint, folder, written=None):
+def compare(checkpoint, folder, dtype=None):
     """Compare a NeMo checkpoint with a Hugging Face folder: (number of tensors, [(tensor, what differs), ...])."""
-    for file in Path(written).rglob("*") if written else ():
-        if file.is_file():
-            with open(file, "rb") as opened:  # what was just written shall come from the disk, not from memory
-                os.fsync(opened.fileno())
-                os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    source, table, _ = export_table(Path(checkpoint))
-    with _progress("verify", table.target) as progress:
-        return len(table.target), weights.differences(table, source, weights.HuggingFace(folder), progress)
+    source, table, _ = export_table(Path(checkpoint), dtype)
+    with terminal.progress("verify", weights.size(table.target)) as progress:
+        found = weights.differences(table.target, table.tensors(source), weights.HuggingFace(folder), progress)
+    return len(table.target), found
 
 
 PROMPTS = ("The capital of Taiwan is", "台灣最高的山是玉山，", "def fibonacci(n):")
@@ -213,9 +256,10 @@ def compare_logits(checkpoint, folder):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     nemo, _ = exporter(Path(checkpoint)).nemo_load(Path(checkpoint))
     nemo = nemo.eval().to(device)
-    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval().to(device)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    largest, agree, count, spread = 0.0, 0, 0, 0.0
+    # "eager": transformers' faster ways of attention leave out Gemma 2's soft caps.
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", attn_implementation="eager").eval().to(device)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=models.tokenizer_code(folder))
+    largest, agree, count, error, spread = 0.0, 0, 0, 0.0, 0.0
     with torch.no_grad():
         for prompt in PROMPTS:
             tokens = tokenizer(prompt, return_tensors="pt").input_ids.to(device)
@@ -224,23 +268,52 @@ def compare_logits(checkpoint, folder):
             ours = nemo(tokens, torch.arange(length, device=device)[None], attention_mask=mask).float()
             want = theirs(tokens).logits.float()
             ours = ours[..., : want.shape[-1]]
-            largest, spread = max(largest, (ours - want).abs().max().item()), max(spread, want.std().item())
+            largest = max(largest, (ours - want).abs().max().item())
+            by_token = ((ours - want).square().mean(-1).sqrt() / want.std()).flatten()
+            # Rounding sends a token now and then to another expert in one of the two models: there, most tokens count.
+            typical = by_token.median() if nemo.config.num_moe_experts else by_token.square().mean().sqrt()
+            error, spread = max(error, typical.item()), max(spread, want.std().item())
             agree, count = agree + (ours.argmax(-1) == want.argmax(-1)).sum().item(), count + length
-        reply = theirs.generate(tokens, max_new_tokens=20, do_sample=False)
-    if largest > 0.1 * spread:
-        raise ValueError(f"NeMo's logits differ from transformers' by up to {largest:.3g} (their spread: {spread:.3g})")
+    # By root mean square: two right bf16 models of 2 to 32 layers differ by 0.01 to 0.05 of the spread, wrong ones by
+    # 0.14 and more. The largest of millions of differences grows with the vocabulary alone.
+    if error > 0.1:
+        raise ValueError(
+            f"NeMo's logits differ from transformers' by {error:.1%} of their spread {spread:.3g} (root mean square), "
+            f"and by up to {largest:.3g}"
+        )
     return [
-        ("logits", f"differ by at most {largest:.2g} (spread {spread:.2g}); {agree} of {count} greedy tokens agree"),
-        ("sentence", tokenizer.decode(reply[0])),
+        ("logits", f"differ by at most {largest:.2g}, {error:.1%} of the spread {spread:.2g} in the mean"),
+        ("greedy tokens", f"{agree} of {count} agree"),
     ]
 
 
-def export(checkpoint, output, max_shard_size="5GB"):
+def sentence(folder, tokens=8):
+    """Load a Hugging Face folder as its users do, and let it go on from a prompt: rows to show.
+
+    The weights stay mapped from their files. Raises ValueError if transformers does not find every tensor.
+    """
+    needed = sum(file.stat().st_size for file in models.weight_files(folder))
+    free = psutil.virtual_memory().available
+    if needed > free:
+        return [
+            ("sentence", f"none: {terminal.gigabytes(needed)} of weights, {terminal.gigabytes(free)} of memory free")
+        ]
+    model, found = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True)
+    lost = {kind: names for kind, names in found.items() if names}
+    if lost:
+        raise ValueError(f"transformers reads {folder} with {lost}")
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=models.tokenizer_code(folder))
+    inputs = tokenizer(PROMPTS[0], return_tensors="pt", return_token_type_ids=False)
+    reply = model.generate(**inputs, max_new_tokens=tokens, do_sample=False)
+    return [("sentence", tokenizer.decode(reply[0]))]
+
+
+def export(checkpoint, output, max_shard_size="5GB", dtype=None):
     """Write `checkpoint` as the Hugging Face folder `output`, with the imported model's own papers."""
-    source, table, config = export_table(checkpoint)
+    source, table, config = export_table(checkpoint, dtype)
     output.mkdir(parents=True)
-    with _progress("export", table.target) as progress:
-        weights.write_safetensors(output, table, source, max_shard_size, progress)
+    with terminal.progress("export", weights.size(table.target)) as progress:
+        weights.write_safetensors(output, table.target, table.tensors(source), max_shard_size, progress)
     assets = models.tokenizer_folder(checkpoint)
     checkpoints.copy_assets(assets, output)
     dtype = str(next(iter(table.target.values())).dtype).removeprefix("torch.")
@@ -253,27 +326,3 @@ def export(checkpoint, output, max_shard_size="5GB"):
     if own.get(key) != dtype:  # trained in another precision than it was imported in
         own[key] = dtype
         (output / "config.json").write_text(json.dumps(own, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def merge(adapter, base, output):
-    """Merge a LoRA checkpoint into its base model: a full NeMo 2 checkpoint in `output`."""
-    with tempfile.TemporaryDirectory() as folder:
-        # NeMo looks for the base model where the adapter says: a copy, of links, says where it is now.
-        copy = Path(folder) / adapter.name
-        (copy / "weights").mkdir(parents=True)
-        (copy / "context").symlink_to((adapter / "context").absolute())
-        for file in (adapter / "weights").iterdir():
-            (copy / "weights" / file.name).symlink_to(file.absolute())
-        metadata = json.loads((adapter / "weights" / "adapter_metadata.json").read_text(encoding="utf-8"))
-        metadata["model_ckpt_path"] = str(Path(base).absolute())
-        (copy / "weights" / "adapter_metadata.json").unlink()
-        (copy / "weights" / "adapter_metadata.json").write_text(json.dumps(metadata), encoding="utf-8")
-        llm.peft.merge_lora(str(copy), str(output))
-    _own_tokenizer(adapter, output)
-
-
-def _own_tokenizer(source, output):
-    """Put the source checkpoint's tokenizer files in place of those that NeMo's merge saved anew."""
-    folder = models.tokenizer_folder(output)
-    shutil.rmtree(folder, ignore_errors=True)
-    checkpoints.copy_assets(models.tokenizer_folder(source), folder)

@@ -31,6 +31,8 @@ NO_FUSION = {
     "persist_layer_norm": False,
     "use_cpu_initialization": True,
     "attention_softmax_in_fp32": True,  # as Transformer Engine's; in bf16 gradients were seen to jump by 10
+    "moe_grouped_gemm": False,  # the experts one by one, which computes and saves the same
+    "moe_permute_fusion": False,
 }
 # Transformer Engine keeps a norm inside the linear layer that follows it; Megatron's own layers do not.
 LOCAL_NAMES = {
@@ -80,7 +82,7 @@ class _Stream:
         pass
 
     def _done(self, *args, **kwargs):
-        return None
+        return self  # as an event, where one is asked for
 
     wait_stream = wait_event = record_event = record = wait = synchronize = _done
 
@@ -120,6 +122,9 @@ def _patch_torch():
     names = "tensor as_tensor empty zeros ones full arange rand randn randint eye linspace"
     for name in (names + " empty_like zeros_like ones_like full_like rand_like randn_like").split():
         setattr(torch, name, _factory(getattr(torch, name)))
+
+    # Tokens on their way to experts in other processes.
+    torch.Tensor.new_empty = _factory(torch.Tensor.new_empty)
 
     # Batches, metrics and modules are moved with .to("cuda"), .cuda() and .pin_memory(): the same error.
     tensor, module, tensor_type = torch.Tensor, torch.nn.Module, torch.Tensor.type
@@ -284,6 +289,52 @@ def _patch_megatron():
     distrib_optimizer.HAVE_APEX_OR_TE = distrib_optimizer.USING_TE_OPTIMIZER = True
 
 
+def _patch_experts():
+    from megatron.core.models.gpt import gpt_layer_specs
+    from megatron.core.transformer.moe import moe_utils
+
+    # The router asks whether it is None: "name 'te_general_gemm' is not defined".
+    moe_utils.te_general_gemm = None
+
+    local_spec = gpt_layer_specs.get_gpt_layer_local_spec
+
+    def spec(num_experts=None, **kwargs):
+        layer = local_spec(num_experts=num_experts, **kwargs)
+        if num_experts:
+            # Transformer Engine's experts have their norm before them, not in them: saved under its own name.
+            del layer.submodules.sharded_state_dict_keys_map["pre_mlp_layernorm."]
+        return layer
+
+    gpt_layer_specs.get_gpt_layer_local_spec = spec
+
+
+def _patch_gemma2():
+    from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+    from megatron.core.transformer.torch_norm import WrappedTorchNorm
+    from nemo.collections.llm.gpt.model import gemma2
+
+    class RowParallelLinearLayerNorm(RowParallelLinear):
+        """The row parallel layer with a norm of its output."""
+
+        def __init__(self, input_size, output_size, *, config, **kwargs):
+            super().__init__(input_size, output_size, config=config, **kwargs)
+            self.post_layernorm = WrappedTorchNorm(config, output_size, config.layernorm_epsilon)
+
+        def forward(self, x):
+            output, bias = super().forward(x)
+            return self.post_layernorm(output), bias
+
+    # NeMo has one spec for the layers of Gemma 2, of Transformer Engine's modules, which are not there.
+    gemma2.TELayerNormColumnParallelLinear = ColumnParallelLinear
+    gemma2.TERowParallelLinearLayerNorm = RowParallelLinearLayerNorm
+    gemma2.TransformerLayerSubmodules = functools.partial(
+        gemma2.TransformerLayerSubmodules,
+        input_layernorm=WrappedTorchNorm,
+        pre_mlp_layernorm=WrappedTorchNorm,
+        sharded_state_dict_keys_map={local[1:]: te[1:] for te, local in LOCAL_NAMES.items()},
+    )
+
+
 def _patch_nemo():
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
     from nemo.collections.llm.peft import lora
@@ -333,4 +384,6 @@ if not torch.cuda.is_available():
         sys.modules.setdefault(name, None)
     _patch_torch()
     _patch_megatron()
+    _patch_experts()
     _patch_nemo()
+    _patch_gemma2()

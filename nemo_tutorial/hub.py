@@ -14,8 +14,10 @@ WAITS = (1, 3)  # seconds until the Hub is asked again, where asking again may h
 ANSWER = 10  # seconds that the Hub has to answer before the copy in the cache is used
 
 
-def download_papers(repo, revision="main"):
+def download_papers(repo, revision="main", code=False):
     """Fetch a model's configuration, tokenizer and list of weight files; the folder, named by its commit.
+
+    With `code`, its Python files too.
 
     Where the Hub doesn't answer, the copy in its cache is taken. Raises ValueError with a sentence.
     """
@@ -29,7 +31,7 @@ def download_papers(repo, revision="main"):
             raise
         terminal.warn(f"{problem}; going on with the copy in the cache, {Path(cached).parent}")
         return Path(cached).parent
-    return _download(repo, revision, [*checkpoints.ASSETS, INDEX])
+    return _download(repo, revision, [*checkpoints.ASSETS, INDEX, *(["*.py"] if code else [])])
 
 
 def download_weights(repo, papers):
@@ -194,12 +196,12 @@ def upload_command(folder, repo, private):
     return f"hf upload {repo} '{folder}' ." + (" --private" if private else "")
 
 
-def model_card(repo, base, stages):
-    """README.md of an exported model: what is known of how it was made, and no word more.
+def model_card(repo, base, stages, adapter=False):
+    """README.md of an exported model or adapter: what is known of how it was made, and no word more.
 
     `base` is a Hub id, another name, or None; `stages` are those of runs.stages, the first one first.
     """
-    about = ["library_name: transformers", "pipeline_tag: text-generation"]
+    about = [f"library_name: {'peft' if adapter else 'transformers'}", "pipeline_tag: text-generation"]
     if base and "/" in base:
         about.insert(0, f"base_model: {base}")
     lines = ["---", *about, "---", "", f"# {repo.split('/')[1]}", ""]

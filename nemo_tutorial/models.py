@@ -19,6 +19,8 @@ class Family:
     rope_types: tuple = ("default", "linear")  # what NeMo can compute, of rope_scaling's
     partial_rotary: bool = False  # whether NeMo's model carries partial_rotary_factor
     window: bool = False  # whether sliding_window means all layers, as NeMo's window_size does
+    alternating: bool = False  # whether every other layer has the window, beginning with the first
+    experts: dict = field(default_factory=dict)  # of a mixture of experts: Model's names of its sizes -> config.json's
     defaults: dict = field(default_factory=dict)  # what transformers takes where config.json says nothing
 
 
@@ -70,6 +72,44 @@ FAMILIES = [
         defaults={"head_dim": 256, "num_key_value_heads": 16, "tie_word_embeddings": True},
     ),
     Family(
+        "Gemma2ForCausalLM",
+        "Gemma2Model",
+        {2: "gemma2_2b", 9: "gemma2_9b", 27: "gemma2_27b"},
+        hidden_act="gelu_pytorch_tanh",
+        alternating=True,
+        defaults={"head_dim": 256, "num_key_value_heads": 4, "tie_word_embeddings": True, "sliding_window": 4096},
+    ),
+    Family(
+        "MixtralForCausalLM",
+        "MixtralModel",
+        {47: "mixtral_8x7b", 141: "mixtral_8x22b"},
+        window=True,
+        experts={
+            "num_experts": "num_local_experts",
+            "num_experts_per_tok": "num_experts_per_tok",
+            "moe_intermediate_size": "intermediate_size",
+        },
+        defaults={"num_key_value_heads": 8, "num_local_experts": 8, "num_experts_per_tok": 2, "norm_topk_prob": True},
+    ),
+    Family(
+        "Qwen3MoeForCausalLM",
+        "Qwen3Model",
+        {30: "qwen3_30b_a3b", 235: "qwen3_235b_a22b"},
+        experts={
+            "num_experts": "num_experts",
+            "num_experts_per_tok": "num_experts_per_tok",
+            "moe_intermediate_size": "moe_intermediate_size",
+        },
+        defaults={
+            "num_key_value_heads": 4,
+            "num_experts": 128,
+            "num_experts_per_tok": 8,
+            "norm_topk_prob": False,
+            "moe_intermediate_size": 768,
+            "intermediate_size": 6144,
+        },
+    ),
+    Family(
         "NemotronForCausalLM",
         "NemotronModel",
         {4: "nemotron3_4b", 8: "nemotron3_8b", 15: "nemotron4_15b", 22: "nemotron3_22b", 340: "nemotron4_340b"},
@@ -91,6 +131,11 @@ NEMO_FIELDS = {
     "seq_length": "max_position_embeddings",
     "share_embeddings_and_output_weights": "tie_word_embeddings",
 }
+NEMO_EXPERTS = {
+    "num_moe_experts": "num_experts",
+    "moe_router_topk": "num_experts_per_tok",
+    "moe_ffn_hidden_size": "moe_intermediate_size",
+}
 
 
 @dataclass(frozen=True)
@@ -108,12 +153,29 @@ class Model:
     vocab_size: int
     max_position_embeddings: int
     tie_word_embeddings: bool
+    num_experts: int = 0  # of each layer; 0: none
+    num_experts_per_tok: int = 0
+    moe_intermediate_size: int = 0  # of each expert
+    sliding_window: int = 0  # where it is of every other layer only; else 0
 
     @property
     def parameters(self):
-        """Number of parameters (embedding, attention, MLP, the layers' two norms, output layer; no biases)."""
+        """Number of parameters (embedding, attention, MLP or all experts and the router, the layers' norms, output
+        layer; no biases).
+        """
+        return self._parameters(self.num_experts)
+
+    @property
+    def active_parameters(self):
+        """Number of parameters that a token passes through: with experts, those that it is routed to."""
+        return self._parameters(self.num_experts_per_tok)
+
+    def _parameters(self, experts):
         attention = self.head_dim * (2 * self.num_attention_heads + 2 * self.num_key_value_heads)
-        layer = self.hidden_size * (attention + (3 if self.family.gated else 2) * self.intermediate_size + 2)
+        mlp = (3 if self.family.gated else 2) * self.intermediate_size
+        if self.num_experts:
+            mlp = 3 * experts * self.moe_intermediate_size + self.num_experts
+        layer = self.hidden_size * (attention + mlp + (4 if self.family.alternating else 2))
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
         return embeddings + self.num_hidden_layers * layer + self.hidden_size
 
@@ -128,6 +190,23 @@ def supported():
     return ", ".join(family.architecture for family in FAMILIES)
 
 
+def remote_code(folder):
+    """The files of a Hugging Face folder that ask to run code of the model's own (auto_map)."""
+    found = []
+    for name in ("config.json", "tokenizer_config.json"):
+        try:
+            if json.loads((Path(folder) / name).read_text(encoding="utf-8")).get("auto_map"):
+                found.append(name)
+        except (OSError, ValueError, AttributeError):
+            pass
+    return found
+
+
+def tokenizer_code(folder):
+    """Whether a folder's tokenizer runs code of its own. Where it does, --trust_remote_code was given on import."""
+    return "tokenizer_config.json" in remote_code(folder)
+
+
 def from_config(path):
     """Read a `config.json`. Raises ValueError in a sentence for a reader if it can't be used."""
     path = Path(path)
@@ -139,8 +218,6 @@ def from_config(path):
     family = next((f for f in FAMILIES if f.architecture == architecture), None)
     if family is None:
         raise ValueError(f"{path} says {architecture}, which can't be converted. Supported: {supported()}")
-    if config.get("auto_map"):
-        raise ValueError(f"{path} asks to run code of its own (auto_map), which is never done here")
     refused = _refused(config, family)
     if refused:
         raise ValueError(f"{path} has {', '.join(refused)}: NeMo's {family.nemo_model} would compute something else")
@@ -159,6 +236,8 @@ def from_config(path):
             vocab_size=config["vocab_size"],
             max_position_embeddings=config["max_position_embeddings"],
             tie_word_embeddings=config.get("tie_word_embeddings", False),
+            sliding_window=config["sliding_window"] if family.alternating else 0,
+            **{name: config[key] for name, key in family.experts.items()},
         )
     except KeyError as error:
         raise ValueError(f"{path} has no {error.args[0]!r}; it is not the config.json of a {architecture}") from None
@@ -173,14 +252,25 @@ def _refused(config, family):
         "mlp_bias": (False, None),
         "use_sliding_window": (False, None),  # Qwen's windows begin at a layer; NeMo's importers forget them
         "use_bidirectional_attention": (False, None),
+        "decoder_sparse_step": (1, None),  # layers without experts among those with
+        "mlp_only_layers": ([], None),
         "quantization_config": (None,),
         "rope_parameters": (None,),  # transformers 5's name, of which transformers 4 sees nothing
     }
     if not family.partial_rotary:
         accepted["partial_rotary_factor"] = (1, None)
     refused = [f"{key} {config[key]!r}" for key, values in accepted.items() if config.get(key, values[0]) not in values]
-    if any(kind != "full_attention" for kind in config.get("layer_types") or ()):
-        refused.append(f"layer_types {config['layer_types']!r}")
+    kinds = ("sliding_attention", "full_attention") if family.alternating else ("full_attention",)
+    layers = config.get("layer_types") or ()
+    if any(kind != kinds[layer % len(kinds)] for layer, kind in enumerate(layers)):
+        refused.append(f"layer_types {layers!r}")
+    if family.experts:
+        full = family.defaults | config
+        if not full[family.experts["num_experts"]]:
+            refused.append(f"{family.experts['num_experts']} 0")
+        # One expert a token, and its weight made 1: Megatron won't, because such a router learns nothing.
+        if full["num_experts_per_tok"] == 1 and full["norm_topk_prob"]:
+            refused.append("num_experts_per_tok 1")
     rope = config.get("rope_scaling") or {}
     if rope.get("rope_type", rope.get("type", "default")) not in family.rope_types:
         refused.append(f"rope_scaling {rope!r}")
@@ -225,15 +315,26 @@ def from_nemo(path):
     context = nemo_context(path)
     if context["model"] is None or context["model.config"] is None:
         raise ValueError(f"{path}/context/io.json describes no model; it is not a whole NeMo 2 checkpoint")
-    family = next((f for f in FAMILIES if f.nemo_model == context["model"][0]), None)
+    values = context["model.config"][1]
+    # Qwen3Model is of two families. NeMo's own importer leaves the number of experts to the config's class.
+    experts = bool(values.get("num_moe_experts") or values.get("moe_ffn_hidden_size"))
+    families = [f for f in FAMILIES if f.nemo_model == context["model"][0]]
+    family = next((f for f in families if bool(f.experts) == experts), families[0] if families else None)
     if family is None:
         known = ", ".join(f.nemo_model for f in FAMILIES)
         raise ValueError(f"{path} holds a {context['model'][0]}, which can't be used. Supported: {known}")
-    values = context["model.config"][1]
     fields = {name: values.get(nemo) for nemo, name in NEMO_FIELDS.items()}
+    if family.experts:
+        defaults = {name: family.defaults.get(key) for name, key in family.experts.items()}
+        defaults["moe_intermediate_size"] = values.get("ffn_hidden_size")
+        fields |= {name: values.get(nemo) or defaults[name] for nemo, name in NEMO_EXPERTS.items()}
     hf_config = tokenizer_folder(path) / "config.json"
     if hf_config.is_file():  # NeMo's seq_length is the run's, not the model's limit
         fields["max_position_embeddings"] = from_config(hf_config).max_position_embeddings
+    if family.alternating:
+        fields["sliding_window"] = (
+            from_config(hf_config).sliding_window if hf_config.is_file() else family.defaults["sliding_window"]
+        )
     for nemo, name in NEMO_FIELDS.items():
         if fields[name] is None and name not in ("head_dim", "num_key_value_heads"):
             raise ValueError(f"{path}/context/io.json has no {nemo}; it is not a whole NeMo 2 checkpoint")
@@ -270,7 +371,7 @@ def is_hub_id(name):
     return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", name)) and not Path(name).exists()
 
 
-def from_hf(folder):
+def from_hf(folder, trust_remote_code=False):
     """Read a local Hugging Face model folder. Raises ValueError in a sentence for a reader if it can't be used."""
     folder = Path(folder)
     if not folder.is_dir():
@@ -278,6 +379,11 @@ def from_hf(folder):
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} has no config.json, so it is not a Hugging Face model folder")
     model = from_config(folder / "config.json")
+    for name in remote_code(folder) if not trust_remote_code else ():
+        raise ValueError(
+            f"{folder / name} asks to run code of its own (auto_map); read that code, and if you trust it, "
+            "import the model with --trust_remote_code"
+        )
     if not (folder / "tokenizer.json").is_file() and not (folder / "tokenizer.model").is_file():
         raise ValueError(f"{folder} has no tokenizer.json or tokenizer.model; download the whole model again")
     return model

@@ -102,6 +102,7 @@ def model_problems(args, model):
         problems.append(
             f"--pipeline_model_parallel_size {pp} does not divide the {layers} layers; use one of {divisors(layers)}"
         )
+    problems += expert_problems(args, model) + window_problems(args, model)
     if args.model_size:
         try:
             asked = models.parse_size(args.model_size)
@@ -113,6 +114,49 @@ def model_problems(args, model):
                 f"--model_size {args.model_size}: {model.source} has {terminal.number(model.parameters)} parameters; "
                 "leave the flag out, or name another checkpoint"
             )
+    return problems
+
+
+def expert_problems(args, model):
+    """Expert parallelism against the number of experts and of GPUs."""
+    ep, tp, pp = args.expert_model_parallel_size, args.tensor_model_parallel_size, args.pipeline_model_parallel_size
+    if not model.num_experts:
+        return [f"--expert_model_parallel_size {ep}: the model has no experts; leave the flag out"] if ep > 1 else []
+    problems = []
+    if model.num_experts % ep:
+        problems.append(
+            f"--expert_model_parallel_size {ep} does not divide the model's {model.num_experts} experts; "
+            f"use one of {divisors(model.num_experts)}"
+        )
+    gpus = args.num_nodes * args.num_gpus // pp
+    if gpus % ep:
+        problems.append(
+            f"--expert_model_parallel_size {ep} does not divide the {gpus} GPUs of a pipeline stage; "
+            f"use one of {divisors(gpus, model.num_experts)}"
+        )
+    if tp > 1 and not args.sequence_parallel:
+        problems.append(
+            f"--no_sequence_parallel with --tensor_model_parallel_size {tp}: Megatron trains experts only with "
+            "sequence parallelism; leave the flag out"
+        )
+    return problems
+
+
+def window_problems(args, model):
+    """What NeMo's own attention of Gemma 2 can't do: longer samples than its window, context parallelism, packing."""
+    if not model.family.alternating:
+        return []
+    problems = []
+    if args.seq_length > (model.sliding_window or args.seq_length):
+        # Megatron counts layers from 1, and NeMo gives the window to the even ones: transformers' odd ones.
+        problems.append(
+            f"--seq_length {args.seq_length} is above the model's window of {model.sliding_window} tokens, which "
+            f"NeMo's {model.family.nemo_model} has in the wrong layers; use --seq_length {model.sliding_window}"
+        )
+    for flag in ("context_parallel_size", "packed_sequence_size"):
+        value = getattr(args, flag, None)
+        if value and value > 1:
+            problems.append(f"--{flag} {value}: NeMo's {model.family.nemo_model} can't do that; leave the flag out")
     return problems
 
 
@@ -228,7 +272,7 @@ def output_problems(args, inputs=()):
 
 def _made_by_us(folder):
     """Whether a folder is a NeMo checkpoint, a Hugging Face model, instruction data, or empty."""
-    signs = ("weights", "context", "config.json", "training.jsonl")
+    signs = ("weights", "context", "config.json", "adapter_config.json", "training.jsonl")
     return any((folder / sign).exists() for sign in signs) or not any(folder.iterdir())
 
 

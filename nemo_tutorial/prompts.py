@@ -16,7 +16,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple
 
-from nemo_tutorial import checkpoints
+from nemo_tutorial import checkpoints, models
 
 KEYS = ("input", "output")
 ROLES = ("system", "user", "assistant")
@@ -127,7 +127,8 @@ class Chat:
     def __init__(self, folder, prompt_template=None, day=None):
         from transformers import AutoTokenizer
 
-        self.tokenizer = AutoTokenizer.from_pretrained(folder, use_fast=True)
+        code = bool(models.tokenizer_code(folder))
+        self.tokenizer = AutoTokenizer.from_pretrained(folder, use_fast=True, trust_remote_code=code)
         # Some templates write today's date: it is that of the preparation, for every row and after every resume.
         self.day = day or datetime.now()
         self.own_template = None  # what replaces the tokenizer's

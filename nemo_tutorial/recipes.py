@@ -17,7 +17,8 @@ ARCHITECTURE = (
     "num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels vocab_size "
     "make_vocab_size_divisible_by share_embeddings_and_output_weights init_method_std layernorm_epsilon rotary_base "
     "rotary_percent scale_factor low_freq_factor high_freq_factor old_context_len seq_len_interpolation_factor "
-    "window_size cp_comm_type"
+    "window_size cp_comm_type query_pre_attn_scalar attn_logit_softcapping final_logit_softcapping num_moe_experts "
+    "moe_ffn_hidden_size moe_router_topk moe_router_pre_softmax"
 ).split()
 
 
@@ -28,6 +29,9 @@ def start(family_recipe, kind, args):
     recipe = factory(
         dir="results", name=args.experiment, num_nodes=args.num_nodes, num_gpus_per_node=args.num_gpus, **options
     )
+    if args.peft and family_recipe.startswith("gemma2"):
+        # NeMo adds an adapter's output behind the norms that follow the other two layers: it could not be merged.
+        recipe.peft.target_modules = ["linear_qkv", "linear_fc1"]
     if args.accelerator == "cpu":
         fdl.update_callable(recipe, {"pretrain_recipe": cpu.pretrain, "finetune_recipe": cpu.finetune}[kind])
         recipe.trainer.accelerator = "cpu"
@@ -43,6 +47,8 @@ def set_model(recipe, args, config, tokenizer_folder):
     fields = {name: getattr(config, name) for name in ARCHITECTURE if hasattr(config, name)}
     model_cls = fdl.get_callable(recipe.model)
     tokenizer = run.Config(AutoTokenizer, str(Path(tokenizer_folder).absolute()), use_fast=True)
+    if models.tokenizer_code(tokenizer_folder):
+        tokenizer.trust_remote_code = True
     recipe.model = run.Config(model_cls, config=run.Config(cls, **fields), tokenizer=tokenizer)
     recipe.model.config.seq_length = args.seq_length
 
@@ -63,6 +69,9 @@ def set_parallelism(recipe, args):
     strategy.tensor_model_parallel_size = args.tensor_model_parallel_size
     strategy.pipeline_model_parallel_size = args.pipeline_model_parallel_size
     strategy.context_parallel_size = args.context_parallel_size
+    strategy.expert_model_parallel_size = args.expert_model_parallel_size
+    # Experts that are spread over GPUs are not split as well, as in NeMo's recipes; else they are split by TP.
+    strategy.expert_tensor_parallel_size = 1 if args.expert_model_parallel_size > 1 else None
     strategy.sequence_parallel = args.sequence_parallel
     # The big models' recipes set these for their own PP; with another they stop the ranks.
     strategy.virtual_pipeline_model_parallel_size = None

@@ -31,6 +31,13 @@ class Source:
         checkpoint = self.resume_from or self.restore_from
         return models.tokenizer_folder(checkpoint) if checkpoint else self.hf_folder
 
+    def checkpoints(self):
+        """The checkpoints that NeMo will read: the one above, and the base model if that is an adapter."""
+        found = [path for path in (self.resume_from or self.restore_from,) if path]
+        if found and checkpoints.is_adapter(found[0]):
+            found.append(Path(checkpoints.adapter_base(found[0])))
+        return found
+
     def config_and_tokenizer(self):
         """The model's NeMo config, and the folder of its tokenizer."""
         from nemo_tutorial import recipes
@@ -163,10 +170,12 @@ def weights(args, fallback):
         checkpoint = source.resume_from or source.restore_from
         if checkpoint is None and source.hf_folder is None:
             return source, None, []
+        for base in source.checkpoints()[1:]:
+            problems += preflight.checkpoint_problems(f"the base model of {checkpoint}", base)
         model = models.from_nemo(checkpoint) if checkpoint else models.from_hf(source.hf_folder)
     except ValueError as error:
         return source, None, [str(error)]
-    return source, model, _tokenizer_problems(args, source)
+    return source, model, problems + _tokenizer_problems(args, source)
 
 
 def _from_scratch(args, source):
@@ -201,7 +210,9 @@ def _tokenizer_problems(args, source):
 
 def model_problems(args, model):
     """Fill in the sequence length, and check what depends on the model's shape."""
-    args.seq_length = args.seq_length or (min(8192, model.max_position_embeddings) if model else 8192)
+    if args.seq_length is None:
+        limits = (model.max_position_embeddings, model.sliding_window) if model else ()
+        args.seq_length = min([8192, *(limit for limit in limits if limit)])
     if model is None:
         return preflight.sequence_problems(args)
     if args.seq_length > model.max_position_embeddings:
@@ -241,7 +252,8 @@ def describe(args, model, source, tokens_a_step=None):
             (
                 "shape",
                 f"{model.family.architecture}, {terminal.number(model.parameters)} parameters, "
-                f"{model.num_hidden_layers} layers, hidden {model.hidden_size}, vocabulary {model.vocab_size}",
+                + (f"{terminal.number(model.active_parameters)} of them active, " if model.num_experts else "")
+                + f"{model.num_hidden_layers} layers, hidden {model.hidden_size}, vocabulary {model.vocab_size}",
             ),
             ("recipe", model.recipe + (f", {args.peft}" if args.peft else "")),
         ],
@@ -258,6 +270,7 @@ def describe(args, model, source, tokens_a_step=None):
                 "parallel",
                 f"TP {args.tensor_model_parallel_size} x PP {args.pipeline_model_parallel_size} x "
                 f"CP {args.context_parallel_size} x DP {dp}"
+                + (f", experts over {args.expert_model_parallel_size}" if args.expert_model_parallel_size > 1 else "")
                 + (", sequence parallel" if args.sequence_parallel else ""),
             ),
             ("precision", f"FP8 {args.fp8_recipe or 'delayed_scaling'}" if args.fp8 else args.precision),
@@ -298,6 +311,8 @@ def start(args, stage, source, build_recipe):
         print(recipes.as_text(recipe))
         executors.launch_text(recipe, args, stage)
         return
+    for checkpoint in source.checkpoints():
+        _check_content(checkpoint)
     run = folder(args)
     (run / "record").mkdir(parents=True, exist_ok=True)
     history = record(run)
@@ -320,6 +335,19 @@ def start(args, stage, source, build_recipe):
     terminal.describe(f"{stage} in {run}", rows)
     # Not sys.exit: threads of NeMo-Run and of the loggers may still wait for a job that is gone.
     os._exit(code)
+
+
+def _check_content(checkpoint):
+    """Read all of a checkpoint's weights, and exit 2 if one is damaged: NeMo's ranks would train on it."""
+    from nemo_tutorial import weights
+
+    began = time.monotonic()
+    problem = weights.problem(checkpoint)
+    if problem:
+        hint = "import or copy it again, or name another" if checkpoints.manifest(checkpoint) else "go on from another"
+        terminal.fail([f"{problem}; {hint}"])
+    size, seconds = checkpoints.size(checkpoint / "weights"), time.monotonic() - began
+    terminal.describe("checked", [("checkpoint", f"{terminal.gigabytes(size)} as written, in {seconds:.0f} s")])
 
 
 def _check_end(args, source, last):

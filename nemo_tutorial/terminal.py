@@ -1,5 +1,6 @@
 """What a script says: derived values, warnings, problems and tables."""
 
+import contextlib
 import sys
 
 
@@ -39,6 +40,15 @@ def number(value):
 def gigabytes(size):
     """Bytes -> '16.06 GB' (10^9 bytes), smaller sizes in MB."""
     return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.2f} MB"
+
+
+@contextlib.contextmanager
+def progress(what, total):
+    """A bar of bytes on a terminal: GB, GB/s and time left; gives the function to call with each number of bytes."""
+    from tqdm import tqdm
+
+    with tqdm(desc=what, total=total, unit="B", unit_scale=True, disable=not sys.stderr.isatty()) as bar:
+        yield bar.update
 
 
 def table(header, rows):

@@ -13,6 +13,7 @@ import re
 import struct
 import zipfile
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,10 +28,11 @@ from safetensors import SafetensorError, safe_open
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
-from nemo_tutorial import models
+from nemo_tutorial import checkpoints, models, terminal
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}  # safetensors' names
 LAYER = re.compile(r"(decoder\.layers)\.(?!\d)")
+EXPERTS = re.compile(r"(\.mlp\.experts)\.experts\.")
 
 
 def like(shape, dtype):
@@ -38,17 +40,33 @@ def like(shape, dtype):
     return torch.empty(tuple(shape), dtype=dtype, device="meta")
 
 
+def size(tensors):
+    """Bytes of {name: tensor}."""
+    return sum(tensor.numel() * tensor.dtype.itemsize for tensor in tensors.values())
+
+
 def bits(tensor):
     """The bytes of a tensor, as numpy's."""
     return tensor.contiguous().view(torch.uint8).numpy()
 
 
-class HuggingFace:
-    """The tensors of a Hugging Face folder: `meta` has names, shapes and dtypes; [name] maps one from its file."""
+def one_by_one(name):
+    """A parameter's name, or a table's pattern of names, of grouped experts -> as if each were a module of its own.
 
-    def __init__(self, folder):
+    A checkpoint is the same for both; some of NeMo's tables are for the one, some for the other.
+    """
+    return re.sub(r"(\.mlp\.experts)\.(linear_fc[12]\.weight)(\d+|\*)$", r"\1.local_experts.\3.\2", name)
+
+
+class HuggingFace:
+    """The tensors of a Hugging Face folder: `meta` has names, shapes and dtypes; [name] maps one from its file.
+
+    `files` are the safetensors to read, if they are not the folder's model.
+    """
+
+    def __init__(self, folder, files=None):
         self.files, self.meta = {}, {}
-        for file in models.weight_files(folder):
+        for file in files or models.weight_files(folder):
             try:
                 with safe_open(file, framework="pt") as weights:
                     for name in weights.keys():
@@ -66,7 +84,7 @@ class HuggingFace:
 
 
 class Megatron:
-    """The weights of a NeMo checkpoint, layer by layer: `meta` as above; [name] reads one, from any TP and PP.
+    """The weights of a NeMo checkpoint of any TP, PP and EP, by layer and expert: `meta` as above; [name] reads one.
 
     Ours, because torch's reader holds a tensor twice. Records are mapped, and nothing of them is unpickled.
     """
@@ -83,31 +101,34 @@ class Megatron:
                 continue  # optimizer state, random generators, Transformer Engine's extra state
             self._chunks[key] = [(tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in entry.chunks]
             name, size, dtype = key.removeprefix("module."), tuple(entry.size), entry.properties.dtype
-            if LAYER.search(name):  # one tensor for all layers: the first dimension is the layer
-                for layer in range(size[0]):
-                    own = LAYER.sub(rf"\1.{layer}.", name)
-                    self.meta[own], self._where[own] = like(size[1:], dtype), (key, layer)
-            else:
-                self.meta[name], self._where[name] = like(size, dtype), (key, None)
+            # One tensor for all layers, and one for all experts of them: these are its first dimensions.
+            places = [LAYER.search(name), EXPERTS.search(name)]
+            for index in np.ndindex(size[: sum(place is not None for place in places)]):
+                own = LAYER.sub(rf"\1.{index[0]}.", name) if index else name
+                own = EXPERTS.sub(rf"\1.local_experts.{index[-1]}.", own) if len(index) > 1 else own
+                self.meta[own], self._where[own] = like(size[len(index) :], dtype), (key, index)
 
     def __getitem__(self, name):
-        (key, layer), shape, dtype = self._where[name], tuple(self.meta[name].shape), self.meta[name].dtype
+        (key, index), shape, dtype = self._where[name], tuple(self.meta[name].shape), self.meta[name].dtype
         out = torch.empty(shape, dtype=dtype)
         integer = np.dtype(f"u{dtype.itemsize}")
         target, filled = bits(out).view(integer).reshape(shape), 0
         for offsets, sizes in self._chunks[key]:
-            if layer is not None:
-                if not offsets[0] <= layer < offsets[0] + sizes[0]:
-                    continue
-                part = self._record(key, offsets, sizes, integer)[layer - offsets[0]]
-                offsets, sizes = offsets[1:], sizes[1:]
-            else:
-                part = self._record(key, offsets, sizes, integer)
-            target[tuple(slice(start, start + size) for start, size in zip(offsets, sizes))] = part
+            inside = tuple(at - start for at, start in zip(index, offsets))
+            if not all(0 <= at < size for at, size in zip(inside, sizes)):
+                continue
+            part = self._record(key, offsets, sizes, integer)[inside]
+            region = list(zip(offsets, sizes))[len(index) :]
+            target[tuple(slice(start, start + size) for start, size in region)] = part
             filled += part.size
         if filled != target.size:
             raise ValueError(f"{self.folder}: {key} has {filled} of {target.size} values")
         return out
+
+    def pieces(self, name):
+        """In how many parts the first dimension of a tensor was saved."""
+        key, first = self._where[name][0], -self.meta[name].dim()
+        return len({offsets[first] for offsets, _ in self._chunks[key]})
 
     def _record(self, key, offsets, sizes, integer):
         """One stored chunk, mapped: torch.save's zip, whose data lie uncompressed in it."""
@@ -127,6 +148,52 @@ class Megatron:
             return record.reshape(sizes)
         except (OSError, ValueError, struct.error, zipfile.BadZipFile) as error:
             raise ValueError(f"{path}: {key} at {offsets} can't be read ({error}); the file is damaged") from None
+
+
+def problem(checkpoint):
+    """What of a checkpoint's weights is damaged, or None: the file, and the tensor if one is. Reads all of them.
+
+    By the hashes in its manifest; in a checkpoint that training wrote there is none, but every record has a checksum.
+    """
+    changed = None
+    if checkpoints.manifest(checkpoint):
+        with terminal.progress("check", checkpoints.size(checkpoint)) as progress:
+            changed = checkpoints.changed(checkpoint, progress)
+        if not changed:
+            return None
+    try:
+        _check_records(Path(checkpoint) / "weights")
+    except ValueError as error:
+        return str(error)
+    return changed
+
+
+def _check_records(folder):
+    """Raise ValueError, with file and tensor, if a record of a distributed checkpoint has another checksum."""
+    try:
+        records = dcp.FileSystemReader(folder).read_metadata().storage_data.items()
+    except Exception as error:  # a pickle: anything
+        raise ValueError(f"{folder / '.metadata'} can't be read ({error!r}); the file is damaged") from None
+
+    def check(item):
+        index, info = item
+        path = folder / info.relative_path
+        try:
+            with open(path, "rb") as file:
+                part = _Part(file, info.offset, info.length)
+                if part.read(2) != b"PK":  # no tensor, but a pickle: it has no checksum
+                    return info.length
+                with zipfile.ZipFile(part) as archive:
+                    if archive.testzip():
+                        raise ValueError("its checksum is another")
+        except (OSError, ValueError, EOFError, struct.error, NotImplementedError, zipfile.BadZipFile) as error:
+            raise ValueError(f"{path}: {index.fqn} can't be read ({error}); the file is damaged") from None
+        return info.length
+
+    total = sum(info.length for _, info in records)
+    with ThreadPoolExecutor(os.cpu_count()) as pool, terminal.progress("check", total) as progress:
+        for length in pool.map(check, records):
+            progress(length)
 
 
 class _Part:
@@ -212,6 +279,26 @@ class Table:
                 raise ValueError(f"{name}: {tuple(tensor.shape)} where {tuple(self.target[name].shape)} belongs")
         return made
 
+    def tensor(self, source, name):
+        """One of the targets, made of `source`'s tensors."""
+        return self.make(self.maker[name], source)[name]
+
+    def tensors(self, source):
+        """All that the table makes of `source`, one after the other: (name, tensor)."""
+        for step in self.steps:
+            for name, tensor in self.make(step, source).items():
+                yield name, cast(name, tensor, self.target[name].dtype)
+
+
+def cast(name, tensor, dtype):
+    """A tensor in another dtype. Raises ValueError if a value is too large for it."""
+    if tensor.dtype == dtype:
+        return tensor
+    other = tensor.to(dtype)
+    if torch.isfinite(tensor).all() and not torch.isfinite(other).all():
+        raise ValueError(f"{name} has values too large for {dtype}, up to {tensor.abs().max().item():.3g}")
+    return other
+
 
 class _Reads(dict):
     def __init__(self, values, log):
@@ -258,7 +345,15 @@ def _entries(connector, source_config, target_config):
         connector.convert_state(SimpleNamespace(config=source_config), SimpleNamespace(config=target_config))
     finally:
         io.apply_transforms = own
+    for entry in found:
+        entry.source_key, entry.target_key = map(_one_by_one_each, (entry.source_key, entry.target_key))
     return found
+
+
+def _one_by_one_each(keys):
+    if isinstance(keys, dict):
+        return {name: one_by_one(key) for name, key in keys.items()}
+    return one_by_one(keys) if isinstance(keys, str) else tuple(map(one_by_one, keys))
 
 
 def _found(keys, names):
@@ -305,8 +400,11 @@ class _Planner(megatron_format.MCoreSavePlanner):
         return self.make(value) if isinstance(value, torch.Tensor) else super().resolve_data(write_item)
 
 
-def writer(parameters, table, source, progress):
-    """The `make` of Streamed for a model's `parameters` ({NeMo name: parameter}, the values of which do not count)."""
+def writer(parameters, tensor, progress):
+    """The `make` of Streamed for a model's `parameters` ({NeMo name: parameter}, the values of which do not count).
+
+    `tensor` gives one with values, by its NeMo name.
+    """
     names = {parameter.untyped_storage()._cdata: name for name, parameter in parameters.items()}
     last = (None, None)  # a gated MLP's two halves are written one after the other
 
@@ -315,27 +413,31 @@ def writer(parameters, table, source, progress):
         name = names[part.untyped_storage()._cdata]
         if last[0] != name:
             last = (None, None)  # before the next one is made
-            last = (name, table.make(table.maker[name], source)[name].contiguous())
+            last = (name, tensor(name).contiguous())
         progress(part.numel() * part.dtype.itemsize)
         return last[1].as_strided(part.size(), part.stride(), part.storage_offset())
 
     return make
 
 
-def write_safetensors(folder, table, source, max_shard_size, progress):
-    """Write a table's targets as a Hugging Face folder's safetensors (one file, or shards and their index)."""
-    split = split_torch_state_dict_into_shards(table.target, max_shard_size=max_shard_size)
+def write_safetensors(folder, target, tensors, max_shard_size, progress, name="model"):
+    """Write safetensors (one file, or shards and their index), as Hugging Face's libraries name them.
+
+    `target` is {name: tensor without values}; `tensors` gives each once, in any order: (name, tensor).
+    """
+    split = split_torch_state_dict_into_shards(
+        target, max_shard_size=max_shard_size, filename_pattern=name + "{suffix}.safetensors"
+    )
     code = {dtype: name for name, dtype in DTYPES.items()}
     places, files = {}, []
     with contextlib.ExitStack() as stack:
         for file, names in split.filename_to_tensors.items():
             header, end = {"__metadata__": {"format": "pt"}}, 0
-            for name in sorted(names, key=lambda name: (-table.target[name].dtype.itemsize, name)):
-                tensor = table.target[name]
-                size = tensor.numel() * tensor.dtype.itemsize
+            for name in sorted(names, key=lambda name: (-target[name].dtype.itemsize, name)):
+                size = target[name].numel() * target[name].dtype.itemsize
                 header[name] = {
-                    "dtype": code[tensor.dtype],
-                    "shape": list(tensor.shape),
+                    "dtype": code[target[name].dtype],
+                    "shape": list(target[name].shape),
                     "data_offsets": [end, end + size],
                 }
                 end += size
@@ -345,12 +447,11 @@ def write_safetensors(folder, table, source, max_shard_size, progress):
             files[-1].write(struct.pack("<Q", len(text)) + text)
             for name in names:
                 places[name] = (files[-1], 8 + len(text) + header[name]["data_offsets"][0])
-        for step in table.steps:
-            for name, tensor in table.make(step, source).items():
-                file, offset = places[name]
-                file.seek(offset)
-                file.write(bits(tensor.to(table.target[name].dtype)))
-                progress(tensor.numel() * table.target[name].dtype.itemsize)
+        for name, tensor in tensors:
+            file, offset = places[name]
+            file.seek(offset)
+            file.write(bits(tensor))
+            progress(tensor.numel() * tensor.dtype.itemsize)
         for file in files:
             file.flush()
             os.fsync(file.fileno())
@@ -359,23 +460,22 @@ def write_safetensors(folder, table, source, max_shard_size, progress):
         (Path(folder) / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
-def differences(table, megatron, huggingface, progress):
-    """Compare a NeMo checkpoint, through its export table, with a Hugging Face folder's tensors, bit by bit.
+def differences(target, tensors, written, progress):
+    """Compare `tensors`, of which each is (name, tensor), with those that `written` has, bit by bit.
 
-    Returns [(tensor, what differs), ...].
+    `target` is {name: tensor without values} of all of them. Returns [(tensor, what differs), ...].
     """
-    found = [(name, "missing") for name in table.target.keys() - huggingface.meta.keys()]
-    found += [(name, "in no table of NeMo's") for name in huggingface.meta.keys() - table.target.keys()]
-    for step in table.steps:
-        for name, made in table.make(step, megatron).items():
-            if name not in huggingface.meta:
-                continue
-            have = huggingface[name]
-            progress(have.numel() * have.dtype.itemsize)
-            if (made.shape, made.dtype) != (have.shape, have.dtype):
-                found.append((name, f"{made.dtype} {tuple(made.shape)} became {have.dtype} {tuple(have.shape)}"))
-            elif not _equal(bits(made).reshape(-1), bits(have).reshape(-1)):
-                found.append((name, "other values"))
+    found = [(name, "missing") for name in target.keys() - written.meta.keys()]
+    found += [(name, "in no table of NeMo's") for name in written.meta.keys() - target.keys()]
+    for name, made in tensors:
+        if name not in written.meta:
+            continue
+        have = written[name]
+        progress(have.numel() * have.dtype.itemsize)
+        if (made.shape, made.dtype) != (have.shape, have.dtype):
+            found.append((name, f"{made.dtype} {tuple(made.shape)} became {have.dtype} {tuple(have.shape)}"))
+        elif not _equal(bits(made).reshape(-1), bits(have).reshape(-1)):
+            found.append((name, "other values"))
     return sorted(found)
 
 

@@ -1,5 +1,6 @@
 """Fixtures of all tests: fabricated inputs that are small, and whole as far as the standard library can tell."""
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -209,6 +210,22 @@ def write_rows():
         return Path(folder)
 
     return write
+
+
+@contextlib.contextmanager
+def touching(path):
+    """Gives the list of what this process does with `path` (opens, makes, lists, ...) in the block."""
+    touched, watching = [], [True]
+
+    def watch(event, arguments):
+        if watching and any(path in str(argument) for argument in arguments):
+            touched.append((event, arguments))
+
+    sys.addaudithook(watch)  # can't be taken away again
+    try:
+        yield touched
+    finally:
+        watching.clear()
 
 
 def script(folder, name, *flags, check=True, **env):

@@ -20,14 +20,17 @@ TRAINING = """
     --max_steps --exit_interval -g --global_batch_size -m --micro_batch_size --lr --min_lr --warmup_steps
     --val_check_interval --limit_val_batches --save_top_k --seed --num_workers --precision --fp8 --fp8_recipe
     -T --tensor_model_parallel_size -P --pipeline_model_parallel_size -C --context_parallel_size
-    --sequence_parallel --no_sequence_parallel -D --dataset_path
+    --expert_model_parallel_size --sequence_parallel --no_sequence_parallel -D --dataset_path
     --wandb --wandb_project --wandb_name --wandb_token
 """
 # Frozen: a flag may be added here, never taken away or renamed.
 FLAGS = {
-    "convert_ckpt/convert_from_hf_to_nemo.py": "--source --revision --output_path --overwrite --verify --dry_run",
+    "convert_ckpt/convert_from_hf_to_nemo.py": """
+        --source --revision --output_path --overwrite --verify --trust_remote_code --dry_run
+    """,
     "convert_ckpt/convert_from_nemo_to_hf.py": """
-        --source --output_path --overwrite --max_shard_size --verify --push_to_hub --private --dry_run
+        --source --output_path --overwrite --adapter_only --dtype --max_shard_size --verify --push_to_hub --private
+        --dry_run
     """,
     "data/download_pretrain_data.py": "--dataset --split --text_column --limit --output_path --overwrite --dry_run",
     "data/make_tiny_model.py": """
@@ -44,7 +47,9 @@ FLAGS = {
         --prompt_template --system_prompt --packing --no_packing --packed_sequence_size --overlong --show_samples
         --peft
     """,
-    "finetuning/generate.py": "--model --prompt --questions --system_prompt --limit --max_new_tokens --output_path",
+    "finetuning/generate.py": """
+        --model --prompt --questions --system_prompt --limit --max_new_tokens --trust_remote_code --output_path
+    """,
     "finetuning/merge_lora.py": "--source --base --output_path --overwrite --dry_run",
     "pretraining/pretrain.py": TRAINING + "--split",
 }

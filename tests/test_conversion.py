@@ -1,16 +1,18 @@
 """Conversion through the real NeMo on the CPU: the same tensors in both formats, ours and stock NeMo's."""
 
+import gc
 import json
 import os
 import shutil
 import struct
 import subprocess
 import sys
+import tempfile
 import zlib
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, script
+from conftest import ROOT, script, touching
 
 from nemo_tutorial import checkpoints
 
@@ -61,7 +63,7 @@ def test_import_then_export_gives_the_same_model(stages, tmp_path):
         output = script(stages, "convert_ckpt/convert_from_nemo_to_hf.py", *flags, "--max_shard_size", "500KB").stdout
     finally:
         hidden.rename(stages / "hf_model/tiny")
-    assert "21 read back and compared: all bit-equal" in output and "greedy tokens agree" in output
+    assert "21 read back and compared: all bit-equal" in output and "greedy tokens" in output
     assert len(list((tmp_path / "export").glob("*.safetensors"))) > 1
     assert_same(hf_tensors(tmp_path / "export"), hf_tensors(source))
     norms = [tensor for name, tensor in hf_tensors(source).items() if "norm" in name]
@@ -124,8 +126,8 @@ def test_verification_finds_a_changed_source(stages, tmp_path, imported):
 
 @pytest.mark.parametrize("what", ["flipped", "truncated", "missing"])
 def test_damage_is_named(imported, tmp_path, what):
-    """Every file of a checkpoint, damaged in turn: the export is refused, naming it, and nothing is written."""
-    from nemo_tutorial import conversion
+    """Every file of a checkpoint, damaged in turn: every later stage's check names it, and the tensor if it is one."""
+    from nemo_tutorial import conversion, weights
 
     files = [file for file in sorted(imported.rglob("*")) if file.is_file() and file.name != checkpoints.MANIFEST]
     assert len(files) > 10
@@ -143,9 +145,152 @@ def test_damage_is_named(imported, tmp_path, what):
                 conversion.export(imported, tmp_path / "export")
             said = str(error.value)
             shutil.rmtree(tmp_path / "export", ignore_errors=True)
+            before_training = weights.problem(imported)
+            for sentence in (said, before_training):
+                assert "module." in sentence and "its checksum is another" in sentence
+            assert file.name in before_training
         assert file.name in said, (file, said)
         file.write_bytes(data)
-    assert checkpoints.problem(imported) is None
+    assert checkpoints.problem(imported) is None and weights.problem(imported) is None
+
+
+def test_any_flipped_bit_of_the_weights_shows(imported):
+    """At a hundred places of the files of weights, padding and headers too; without a manifest, in any tensor."""
+    import random
+
+    from nemo_tutorial import weights
+
+    chosen = random.Random(4)
+    (file,) = (imported / "weights").glob("*.distcp")
+    data = file.read_bytes()
+    for place in [*range(0, 400, 20), *(chosen.randrange(len(data)) for _ in range(80))]:
+        file.write_bytes(data[:place] + bytes([data[place] ^ 1 << place % 8]) + data[place + 1 :])
+        assert file.name in weights.problem(imported), place
+        with pytest.raises(ValueError, match=file.name), checkpoints.unchanged(imported):
+            pass
+    (imported / checkpoints.MANIFEST).unlink()
+    entries = weights.Megatron(imported)
+    for (key, _), info in list(entries._data.items()):
+        place = info.offset + info.length // 2
+        file.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
+        assert key in weights.problem(imported)
+    file.write_bytes(data)
+    assert weights.problem(imported) is None
+
+
+@pytest.mark.parametrize("stage", ["pretraining/pretrain.py", "finetuning/finetune.py"])
+def test_training_refuses_a_damaged_model(stages, imported, many, write_rows, stage):
+    """One flipped bit in the weights: exit 2, with file and tensor, and nothing is started."""
+    (file,) = (imported / "weights").glob("*.distcp")
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    rows = many.folder / "rows"
+    if not rows.exists():
+        write_rows(rows, 32, 8)
+    flags = ["--nemo_model", imported, "--seq_length", 128, "--global_batch_size", 8, "--max_steps", 2]
+    data = ["--split", "90,10,0", "--dataset_path", stages / "data/pre"] if "pre" in stage else ["--dataset_path", rows]
+    code, said = many(stage, [*flags, *data, "--experiment", "damaged"])
+    assert code == 2 and "nothing was started" in said, said
+    assert file.name in said and "module." in said and "its checksum is another" in said
+    assert not (many.folder / "results").exists()
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_export_in_another_dtype(stages, many, dtype):
+    """The weights cast, compared as such, named in config.json; transformers loads it and says a sentence."""
+    import torch
+
+    output = many.folder / dtype
+    flags = ["--source", stages / "nemo_ckpt/tiny", "--output_path", output, "--dtype", dtype]
+    code, said = many("convert_ckpt/convert_from_nemo_to_hf.py", flags)
+    assert code == 0 and f"21 read back and compared: all bit-equal as {dtype}" in said, said
+    assert "sentence" in said and "The capital of Taiwan is" in said
+    source = hf_tensors(stages / "hf_model/tiny")
+    assert_same(hf_tensors(output), {name: tensor.to(getattr(torch, dtype)) for name, tensor in source.items()})
+    config = json.loads((output / "config.json").read_text())
+    assert config.get("dtype", config.get("torch_dtype")) == dtype
+
+
+def test_a_cast_that_overflows_is_refused():
+    import torch
+
+    from nemo_tutorial import weights
+
+    with pytest.raises(ValueError, match=r"w has values too large for torch.float16, up to 1e\+05"):
+        weights.cast("w", torch.tensor([1.0, -1e5]), torch.float16)
+    assert weights.cast("w", torch.tensor([1.0, torch.inf]), torch.float16).isinf().any()  # it was infinite before
+
+
+def test_what_the_config_says_survives_training(stages, tmp_path):
+    """Fields that NeMo does not keep, or sets to the run's: the export of a trained checkpoint has the source's."""
+    from nemo_tutorial import conversion, models
+
+    source = Path(shutil.copytree(stages / "hf_model/tiny", tmp_path / "source"))
+    rope = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    rope["original_max_position_embeddings"] = 8192
+    fields = {"eos_token_id": [1, 2, 3], "bos_token_id": 0, "max_position_embeddings": 131072, "rope_scaling": rope}
+    config = json.loads((source / "config.json").read_text()) | fields
+    (source / "config.json").write_text(json.dumps(config))
+    (source / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 2, 3], "temperature": 0.6}))
+    (source / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    conversion.import_model(source, models.from_hf(source), tmp_path / "nemo")
+    context = tmp_path / "nemo/context/io.json"
+    short = context.read_text().replace("131072", "128")  # as after a run with --seq_length 128
+    assert short != context.read_text()
+    context.write_text(short)
+    conversion.export(tmp_path / "nemo", tmp_path / "back")
+    for name in ("config.json", "generation_config.json", "chat_template.jinja", "tokenizer_config.json"):
+        assert (tmp_path / "back" / name).read_bytes() == (source / name).read_bytes(), name
+
+
+TOKENIZER = """
+from pathlib import Path
+from transformers import PreTrainedTokenizerFast
+(Path(__file__).parents[0] / "ran").touch()
+Path({log!r}).touch()
+class Tokenizer(PreTrainedTokenizerFast):
+    pass
+"""
+
+
+def test_remote_code(stages, many, tmp_path):
+    """A model with code of its own is refused, naming the flag; with it, the tokenizer's is run and carried."""
+    ran = tmp_path / "ran"
+    source = Path(shutil.copytree(stages / "hf_model/tiny", tmp_path / "source"))
+    for name, entry in (
+        ("config.json", {"AutoModelForCausalLM": "modeling_own.Model"}),
+        ("tokenizer_config.json", {"AutoTokenizer": [None, "tokenization_own.Tokenizer"]}),
+    ):
+        file = source / name
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"auto_map": entry}))
+    (source / "tokenization_own.py").write_text(TOKENIZER.format(log=str(ran)))
+    (source / "modeling_own.py").write_text("raise RuntimeError('the code of the model')")
+    flags = ["--source", source, "--output_path", many.folder / "own"]
+    code, said = many("convert_ckpt/convert_from_hf_to_nemo.py", flags)
+    assert code == 2 and "auto_map" in said and "--trust_remote_code" in said and not ran.exists(), said
+    code, said = many("convert_ckpt/convert_from_hf_to_nemo.py", [*flags, "--trust_remote_code"])
+    assert code == 0 and ran.exists(), said
+    flags = ["--source", many.folder / "own", "--output_path", many.folder / "own_hf"]
+    code, said = many("convert_ckpt/convert_from_nemo_to_hf.py", flags)
+    assert code == 0, said
+    assert_same(hf_tensors(many.folder / "own_hf"), hf_tensors(source))
+    for name in ("config.json", "tokenizer_config.json", "tokenization_own.py", "modeling_own.py"):
+        assert (many.folder / "own_hf" / name).read_bytes() == (source / name).read_bytes(), name
+
+
+def test_no_shared_folder_is_touched(stages, tmp_path):
+    """/tmp/nemo_tokenizer, where stock NeMo puts everyone's tokenizer, is neither read nor written; nothing stays."""
+    from nemo_tutorial import conversion, models
+
+    source = stages / "hf_model/tiny"
+    before = set(Path(tempfile.gettempdir()).glob("nemo_tutorial_*"))
+    with touching("/tmp/nemo_tokenizer") as touched:
+        conversion.import_model(source, models.from_hf(source), tmp_path / "nemo")
+        conversion.export(tmp_path / "nemo", tmp_path / "back")
+    assert touched == []
+    gc.collect()
+    assert set(Path(tempfile.gettempdir()).glob("nemo_tutorial_*")) <= before
 
 
 # Imports NeMo once; each line of its input is then a command, run in a process of its own (fork): a script, its

@@ -31,31 +31,54 @@ LLAMA3 = {
 }
 LINEAR = {"rope_scaling": {"rope_type": "linear", "factor": 3.0}}
 TIED, UNTIED = {"tie_word_embeddings": True}, {"tie_word_embeddings": False}
+EPSILON = {"rms_norm_eps": 0.01}  # so large that the logits would show one that got lost
 MORE_ROWS = {"vocab_size": 2085}  # than the tokenizer has entries; odd
 NEMOTRON = {"head_dim": 16, "norm_eps": 1e-5}
+GEMMA2 = {
+    "head_dim": 32,
+    "query_pre_attn_scalar": 24,
+    "attn_logit_softcapping": 5.0,  # so low that the logits would show caps that got lost
+    "final_logit_softcapping": 3.0,
+}
+MIXTRAL = {"num_local_experts": 5, "num_experts_per_tok": 2, "sliding_window": None}
+QWEN3MOE = {"num_experts": 7, "num_experts_per_tok": 3, "moe_intermediate_size": 96}
+TRAINABLE = {"dtype": "bfloat16", "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
 CASES = {
     "llama2": ("Llama", UNTIED | {"num_key_value_heads": 4, "rope_theta": 10000.0}),
     "llama3": ("Llama", UNTIED | {"rope_theta": 500000.0}),
     "llama3.1": ("Llama", UNTIED | {"rope_theta": 500000.0, "rope_scaling": LLAMA3} | MORE_ROWS),
     "llama3.2": ("Llama", TIED | {"rope_theta": 500000.0, "rope_scaling": LLAMA3}),
-    "llama-head_dim": ("Llama", UNTIED | {"head_dim": 32}),
+    "llama-head_dim": ("Llama", UNTIED | EPSILON | {"head_dim": 32}),
     "llama-linear": ("Llama", UNTIED | LINEAR),
     "qwen2": ("Qwen2", UNTIED | MORE_ROWS | {"rope_theta": 1000000.0}),
-    "qwen2-tied": ("Qwen2", TIED),
+    "qwen2-tied": ("Qwen2", TIED | EPSILON),
     "qwen2-linear": ("Qwen2", TIED | LINEAR),
-    "qwen3": ("Qwen3", UNTIED | {"head_dim": 32}),
+    "qwen3": ("Qwen3", UNTIED | EPSILON | {"head_dim": 32}),
     "qwen3-tied": ("Qwen3", TIED | MORE_ROWS | {"head_dim": 16, "rope_theta": 1000000.0}),
     "qwen3-linear": ("Qwen3", UNTIED | LINEAR | {"head_dim": 32}),
     "mistral-window": ("Mistral", UNTIED | {"sliding_window": 3}),
-    "mistral-nemo": ("Mistral", UNTIED | MORE_ROWS | {"sliding_window": None, "head_dim": 32, "rope_theta": 1000000.0}),
+    "mistral-nemo": ("Mistral", UNTIED | EPSILON | MORE_ROWS | {"sliding_window": None, "head_dim": 32}),
     "mistral-tied": ("Mistral", TIED | LINEAR | {"sliding_window": None}),
     "phi3": ("Phi3", UNTIED | {"sliding_window": 3}),
     "phi3-partial": ("Phi3", UNTIED | MORE_ROWS | {"sliding_window": None, "partial_rotary_factor": 0.5}),
-    "phi3-tied": ("Phi3", TIED | {"sliding_window": None}),
-    "gemma": ("Gemma", TIED | {"head_dim": 32}),
+    "phi3-tied": ("Phi3", TIED | EPSILON | {"sliding_window": None}),
+    "gemma": ("Gemma", TIED | EPSILON | {"head_dim": 32}),
     "gemma-rows": ("Gemma", TIED | MORE_ROWS | LINEAR | {"head_dim": 16, "num_key_value_heads": 1}),
+    "gemma2": ("Gemma2", TIED | GEMMA2),
+    "gemma2-rows": ("Gemma2", TIED | GEMMA2 | MORE_ROWS | LINEAR | {"head_dim": 16, "num_key_value_heads": 1}),
+    "gemma2-uncapped": ("Gemma2", TIED | GEMMA2 | {"attn_logit_softcapping": None, "final_logit_softcapping": None}),
+    "gemma2-epsilon": ("Gemma2", TIED | GEMMA2 | EPSILON | {"sliding_window": 100}),
+    "gemma2-float32": ("Gemma2", TIED | GEMMA2 | {"dtype": "float32"}),
+    "mixtral": ("Mixtral", UNTIED | MIXTRAL | {"router_jitter_noise": 0.1, "rope_theta": 1000000.0}),
+    "mixtral-window": ("Mixtral", UNTIED | MIXTRAL | MORE_ROWS | {"sliding_window": 3, "head_dim": 32}),
+    "mixtral-epsilon": ("Mixtral", UNTIED | MIXTRAL | EPSILON),
+    "mixtral-tied": ("Mixtral", TIED | MIXTRAL | LINEAR | {"num_experts_per_tok": 3, "dtype": "float32"}),
+    "qwen3moe-epsilon": ("Qwen3Moe", UNTIED | QWEN3MOE | EPSILON),
+    "qwen3moe": ("Qwen3Moe", UNTIED | QWEN3MOE | {"head_dim": 32}),
+    "qwen3moe-norm": ("Qwen3Moe", UNTIED | QWEN3MOE | MORE_ROWS | {"norm_topk_prob": True, "rope_theta": 1000000.0}),
+    "qwen3moe-tied": ("Qwen3Moe", TIED | QWEN3MOE | LINEAR | {"num_experts_per_tok": 1, "dtype": "float32"}),
     "nemotron": ("Nemotron", UNTIED | NEMOTRON | {"partial_rotary_factor": 0.5}),
-    "nemotron-rows": ("Nemotron", UNTIED | NEMOTRON | MORE_ROWS | {"head_dim": 32, "partial_rotary_factor": 1.0}),
+    "nemotron-rows": ("Nemotron", UNTIED | MORE_ROWS | {"head_dim": 32, "norm_eps": 0.01}),
     "nemotron-float32": ("Nemotron", UNTIED | NEMOTRON | {"partial_rotary_factor": 0.5, "dtype": "float32"}),
 }
 OTHER = {  # another value of one field of a case's config.json, with which transformers' logits must be seen to differ
@@ -72,7 +95,50 @@ OTHER = {  # another value of one field of a case's config.json, with which tran
     "phi3": {"sliding_window": 4},
     "phi3-partial": {"partial_rotary_factor": 1.0},
     "gemma-rows": {"rope_scaling": None},
+    "llama-head_dim": {"rms_norm_eps": 1e-6},
+    "qwen2-tied": {"rms_norm_eps": 1e-6},
+    "qwen3": {"rms_norm_eps": 1e-6},
+    "mistral-nemo": {"rms_norm_eps": 1e-6},
+    "phi3-tied": {"rms_norm_eps": 1e-6},
+    "gemma": {"rms_norm_eps": 1e-6},
+    "gemma2-epsilon": {"rms_norm_eps": 1e-6},
+    "mixtral-epsilon": {"rms_norm_eps": 1e-6},
+    "qwen3moe-epsilon": {"rms_norm_eps": 1e-6},
+    "nemotron-rows": {"norm_eps": 1e-6},
+    "gemma2": {"attn_logit_softcapping": None},
+    "gemma2-rows": {"rope_scaling": None},
+    "gemma2-uncapped": {"final_logit_softcapping": 3.0},
+    "gemma2-float32": {"query_pre_attn_scalar": 256},
+    "mixtral": {"num_experts_per_tok": 1},
+    "mixtral-window": {"sliding_window": None},
+    "mixtral-tied": {"rope_scaling": None},
+    "qwen3moe": {"norm_topk_prob": True},
+    "qwen3moe-norm": {"num_experts_per_tok": 2},
+    "qwen3moe-tied": {"rope_scaling": None},
     "nemotron-float32": {"partial_rotary_factor": 1.0},
+}
+
+
+# What a model with Transformer Engine's layers saves, where ours are other modules: names, and shapes of all layers.
+SAVED = {
+    "gemma2": {
+        "self_attention.linear_qkv.layer_norm_weight": (2, 64),
+        "self_attention.linear_proj.post_layernorm.weight": (2, 64),
+        "mlp.linear_fc1.layer_norm_weight": (2, 64),
+        "mlp.linear_fc2.post_layernorm.weight": (2, 64),
+    },
+    "mixtral": {
+        "pre_mlp_layernorm.weight": (2, 64),
+        "mlp.router.weight": (2, 5, 64),
+        "mlp.experts.experts.linear_fc1.weight": (2, 5, 320, 64),
+        "mlp.experts.experts.linear_fc2.weight": (2, 5, 64, 160),
+    },
+    "qwen3moe": {
+        "pre_mlp_layernorm.weight": (2, 64),
+        "mlp.router.weight": (2, 7, 64),
+        "mlp.experts.experts.linear_fc1.weight": (2, 7, 192, 64),
+        "mlp.experts.experts.linear_fc2.weight": (2, 7, 64, 96),
+    },
 }
 
 
@@ -91,6 +157,10 @@ def make_model(folder, family, fields, tokenizer):
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             size = sharp if "q_proj.w" in name or "k_proj.w" in name or "qkv" in name else 0.05
+            if name.endswith(".gate.weight"):
+                size = 0.2  # few tokens are near two experts
+            if ".experts." in name:
+                size = 0.15  # what the experts add counts
             parameter.add_(torch.randn_like(parameter) * (0.3 if parameter.dim() == 1 else size))
     model.to(dtype).save_pretrained(folder)
     for file in checkpoints.ASSETS:
@@ -113,6 +183,7 @@ def tokenizer(tmp_path_factory):
 def test_there_and_back(case, tokenizer, tmp_path):
     """Equal tensors, bit by bit, and equal papers, with the source folder gone; and the models compute the same."""
     from safetensors.torch import load_file
+    from torch.distributed.checkpoint import FileSystemReader
 
     from nemo_tutorial import conversion
 
@@ -125,6 +196,9 @@ def test_there_and_back(case, tokenizer, tmp_path):
     tensors = load_file(source / "model.safetensors")
     assert not [name for name, tensor in tensors.items() if (tensor == tensor.flatten()[0]).all()]
     assert conversion.compare(nemo, source) == (len(tensors), [])
+    entries = FileSystemReader(nemo / "weights").read_metadata().state_dict_metadata
+    for name, shape in SAVED.get(case, {}).items():
+        assert tuple(entries[f"module.decoder.layers.{name}"].size) == shape
     source.rename(moved)
     conversion.export(nemo, back)
     exported = load_file(back / "model.safetensors")
@@ -144,6 +218,42 @@ def test_there_and_back(case, tokenizer, tmp_path):
     read = models.from_nemo(nemo)
     assert {**vars(read), "source": ""} == {**vars(model), "source": ""}
     assert abs(sum(tensor.numel() for tensor in tensors.values()) / model.parameters - 1) < 0.02
+
+
+TRAINED = {
+    "gemma2": ("gemma2", []),
+    "gemma2-lora": ("gemma2", ["--peft", "lora", "--lr", "1e-2"]),
+    "gemma2-tp": ("gemma2", ["--num_gpus", 2, "--tensor_model_parallel_size", 2]),
+    "mixtral-ep": ("mixtral", ["--num_gpus", 2, "--expert_model_parallel_size", 2]),
+    "mixtral-tp": ("mixtral", ["--num_gpus", 2, "--tensor_model_parallel_size", 2]),
+    "qwen3moe": ("qwen3moe", []),
+    "qwen3moe-lora": ("qwen3moe", ["--peft", "lora", "--lr", "1e-2"]),
+}
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("case", TRAINED)
+def test_trained_without_a_gpu(case, tokenizer, tmp_path):
+    """Import, instruction tuning, export: the loss falls, and both models of the result compute the same."""
+    name, flags = TRAINED[case]
+    family, fields = CASES[name]
+    make_model(tmp_path / "model", family, fields | {"num_local_experts": 6} | TRAINABLE, tokenizer)
+    (tmp_path / "rows").mkdir()
+    rows = [{"input": f"{number} + 1 = ?", "output": str(number + 1)} for number in range(64)]
+    for file in ("training", "validation"):
+        (tmp_path / "rows" / f"{file}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    script(tmp_path, "convert_ckpt/convert_from_hf_to_nemo.py", "--source", "model", "--output_path", "nemo")
+    command = "--nemo_model nemo --dataset_path rows --experiment run --seq_length 64 --global_batch_size 8 --lr 1e-3"
+    script(tmp_path, "finetuning/finetune.py", *command.split(), "--max_steps", 8, *flags)
+    record = (tmp_path / "results/run/record/metrics.jsonl").read_text().splitlines()
+    losses = [line["loss"] for line in map(json.loads, record) if "loss" in line]
+    assert len(losses) == 8 and losses[-1] < losses[0] - 0.2, losses
+    trained = checkpoints.latest(tmp_path / "results/run").resolve()
+    if "--peft" in flags:
+        script(tmp_path, "finetuning/merge_lora.py", "--source", trained, "--output_path", "merged")
+        trained = "merged"
+    flags = ["--source", trained, "--output_path", "back", "--verify", "logits"]
+    assert "greedy tokens" in script(tmp_path, "convert_ckpt/convert_from_nemo_to_hf.py", *flags).stdout
 
 
 def test_recipes_exist():

@@ -4,6 +4,7 @@ import json
 
 import pytest
 from conftest import script
+from test_families import CASES, make_model
 
 from nemo_tutorial import checkpoints
 
@@ -49,6 +50,20 @@ def test_an_import_has_the_same_tensors(stages):
     assert ours.keys() == theirs.keys() and any("layer_norm_weight" in name for name in theirs)
     for name, tensor in theirs.items():
         assert ours[name].dtype == tensor.dtype and ours[name].equal(tensor), name
+
+
+@pytest.mark.parametrize("case", ["gemma2", "gemma2-rows", "mixtral", "mixtral-tied", "qwen3moe", "qwen3moe-norm"])
+def test_an_import_of_other_layers_has_the_same_tensors(case, stages, tmp_path):
+    """Norms behind layers, experts one by one and grouped: without a GPU they are made of other modules."""
+    make_model(tmp_path / "model", *CASES[case], stages / "hf_model/tiny")
+    for output, env in (("gpu", {}), ("no_gpu", NO_GPU)):
+        flags = ["--source", "model", "--output_path", output, "--verify", "logits"]
+        script(tmp_path, "convert_ckpt/convert_from_hf_to_nemo.py", *flags, **env)
+    ours, theirs = contents(tmp_path / "no_gpu"), contents(tmp_path / "gpu")
+    assert {name: (tensor.shape, tensor.dtype) for name, tensor in ours.items()} == {
+        name: (tensor.shape, tensor.dtype) for name, tensor in theirs.items()
+    }
+    assert [name for name, tensor in theirs.items() if not ours[name].equal(tensor)] == []
 
 
 def test_a_trained_checkpoint_has_the_same_tensors(pretrained):

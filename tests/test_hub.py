@@ -244,12 +244,18 @@ def converted(monkeypatch):
         (target / "weights").mkdir(parents=True)
         (target / "weights/common.pt").write_bytes(b"weights")
 
-    def export(source, target, max_shard_size):
+    def export(source, target, max_shard_size, dtype):
         target.mkdir()
         (target / "config.json").write_text("{}")
         (target / "model.safetensors").write_bytes(bytes(range(256)) * 100)
 
-    fake = types.SimpleNamespace(import_model=import_model, export=export, verify=lambda *_: [("tensors", "equal")])
+    fake = types.SimpleNamespace(
+        import_model=import_model,
+        export=export,
+        settle=lambda folder: None,
+        verify=lambda *_: [("tensors", "equal")],
+        sentence=lambda folder: [],
+    )
     monkeypatch.setitem(sys.modules, "nemo_tutorial.conversion", fake)
     monkeypatch.setattr(nemo_tutorial, "conversion", fake, raising=False)
 

@@ -234,6 +234,52 @@ LAYOUT = [
 ]
 
 
+EXPERTS = [
+    ({"num_gpus": 4, "expert_model_parallel_size": 4}, ["--expert_model_parallel_size 4", "6 experts", "1, 2, 3, 6"]),
+    (
+        {"num_gpus": 4, "expert_model_parallel_size": 3},
+        ["--expert_model_parallel_size 3", "4 GPUs of a pipeline stage", "use one of 1, 2"],
+    ),
+    ({"num_gpus": 2, "tensor_model_parallel_size": 2, "no_sequence_parallel": True}, ["--no_sequence_parallel"]),
+]
+
+
+@pytest.mark.parametrize("changes, parts", EXPERTS, ids=["-".join(changes) for changes, _ in EXPERTS])
+def test_experts(work, refused, changes, parts):
+    nemo_checkpoint("moe", nemo_model="MixtralModel", num_moe_experts=6, moe_router_topk=2)
+    refused(pretrain.main, pretraining(nemo_model="moe", **changes), *parts)
+    with pytest.raises(AssertionError, match="^accepted$"):
+        pretrain.main(pretraining(nemo_model="moe", num_gpus=4, expert_model_parallel_size=2))
+
+
+def test_a_model_without_experts(refused):
+    changes = {"num_gpus": 2, "expert_model_parallel_size": 2}
+    refused(pretrain.main, pretraining(**changes), "--expert_model_parallel_size 2", "no experts")
+
+
+@pytest.fixture
+def gemma2(work):
+    """A Gemma 2 with a window of 48 tokens."""
+    papers = nemo_checkpoint("gemma2", nemo_model="Gemma2Model") / "context/nemo_tokenizer/config.json"
+    papers.write_text(json.dumps(HF_CONFIG | {"architectures": ["Gemma2ForCausalLM"], "sliding_window": 48}))
+    return "gemma2"
+
+
+def test_the_window_of_gemma_2(gemma2, refused, capsys):
+    """NeMo has it in other layers than transformers: samples stay within it, by default too."""
+    argv = pretraining(nemo_model=gemma2)
+    refused(pretrain.main, argv, "--seq_length 64", "the model's window of 48 tokens", "use --seq_length 48")
+    with pytest.raises(AssertionError, match="^accepted$"):
+        pretrain.main(pretraining(nemo_model=gemma2, seq_length=None))
+    assert "4 samples x 48" in capsys.readouterr().out
+
+
+def test_what_nemos_attention_of_gemma_2_cannot_do(gemma2, refused):
+    flags = {"nemo_model": gemma2, "accelerator": "gpu", "num_gpus": 2, "seq_length": 48}
+    refused(pretrain.main, pretraining(context_parallel_size=2, **flags), "--context_parallel_size 2", "Gemma2Model")
+    refused(finetune.main, tuning(packed_sequence_size=48, **flags), "--packed_sequence_size 48", "Gemma2Model")
+
+
 @pytest.mark.parametrize("changes, parts", LAYOUT, ids=["-".join(changes) for changes, _ in LAYOUT])
 def test_layout(refused, changes, parts):
     refused(pretrain.main, pretraining(**changes), *parts)
@@ -496,6 +542,28 @@ def test_adapter_is_neither_exported_nor_trained_on(refused):
     refused(finetune.main, tuning(nemo_model="lora"), "--nemo_model lora", "finetuning/merge_lora.py")
 
 
+def test_dora_with_tensor_parallelism(refused):
+    argv = tuning(peft="dora", num_gpus=2, tensor_model_parallel_size=2)
+    refused(finetune.main, argv, "--peft dora with --tensor_model_parallel_size 2", "--peft lora")
+
+
+def test_adapter_only(refused):
+    nemo_checkpoint("lora", adapter_of="ckpt")
+    refused(exporter.main, ["--source", "lora", "--output_path", "out"], "merge it first", "--adapter_only")
+    only = ["--output_path", "out", "--adapter_only", "--source"]
+    refused(exporter.main, [*only, "ckpt"], "--adapter_only: ckpt is no adapter")
+    refused(exporter.main, [*only, "lora", "--max_shard_size", "1GB"], "--max_shard_size 1GB has no effect")
+    refused(exporter.main, [*only, "lora", "--verify", "none"], "--verify none is not for --adapter_only")
+
+
+@pytest.mark.parametrize("size", ["5", "0GB", "-1GB", "five GB", "5 GiB", "1.5GB"])
+def test_shard_size(capsys, size):
+    with pytest.raises(SystemExit) as stop:
+        exporter.main(["--source", "ckpt", "--output_path", "out", f"--max_shard_size={size}"])
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and f"--max_shard_size: {size!r} is not a size" in said
+
+
 def test_merge_wants_an_adapter_and_its_base(refused, work):
     refused(merge_lora.main, ["--source", "ckpt", "--output_path", "out"], "--source ckpt is no LoRA checkpoint")
     lora = nemo_checkpoint("lora", adapter_of=work / "gone" / "weights")
@@ -604,7 +672,7 @@ def test_missing_shard(refused, work):
     [
         ({"architectures": ["MambaForCausalLM"]}, ["MambaForCausalLM", "Supported: LlamaForCausalLM"]),
         ({"architectures": None}, ["no architecture", "Supported: LlamaForCausalLM"]),
-        ({"auto_map": {"AutoModel": "evil.Model"}}, ["auto_map", "never done"]),
+        ({"auto_map": {"AutoModel": "evil.Model"}}, ["auto_map", "--trust_remote_code"]),
     ],
 )
 def test_architecture(refused, changes, parts):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import struct
 import subprocess
 import sys
@@ -294,10 +295,20 @@ def test_finetune_goes_on_where_it_stopped(tmp_path):
     assert f"weights goes on from step 10 of {TUNED}" in lines
 
 
-def test_export(tmp_path):
-    nemo_checkpoint(tmp_path / TUNED, "FineTuningDataModule")
-    lines, errors = plan(EXPORT, tmp_path)
-    assert f"source {TUNED}" in lines
+@pytest.mark.parametrize("named", ["checkpoint", "run"])
+def test_export(tmp_path, named):
+    """A checkpoint, or the run's folder: its newest complete checkpoint."""
+    older = TUNED.replace("step=9", "step=8")
+    for name in (older, TUNED):
+        nemo_checkpoint(tmp_path / name.removesuffix("-last"), "FineTuningDataModule")
+    (tmp_path / TUNED).symlink_to(Path(TUNED).name.removesuffix("-last"))
+    nemo_checkpoint(tmp_path / TUNED.replace("step=9", "step=10"), "FineTuningDataModule")
+    (tmp_path / f"{TUNED.replace('step=9', 'step=10')}-unfinished").touch()
+    text = EXPORT
+    if named == "run":
+        text = re.sub("NEMO_MODEL=.*", "NEMO_MODEL=results/llama31_finetuning", EXPORT)
+    lines, errors = plan(text, tmp_path)
+    assert f"source {TUNED}" in [line.removesuffix("/") for line in lines]
     assert "shape LlamaForCausalLM, 8.03 B parameters" in lines
     assert "config that of the imported model" in lines
     assert "output hf_ckpt" in lines
