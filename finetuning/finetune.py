@@ -19,7 +19,7 @@ from pathlib import Path
 # Nothing is installed: make the repository root importable, wherever the script is started from.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from nemo_tutorial import arguments, instructions, preflight, prompts, runs, terminal
+from nemo_tutorial import arguments, instructions, packing, preflight, prompts, runs, terminal
 
 
 def parse_args(argv=None):
@@ -80,6 +80,12 @@ def packing_problems(args):
         reason = f"--micro_batch_size {args.micro_batch_size}: a pack is a micro batch already, of one"
     if reason and asked:
         return [f"{flag} does not go with {reason}; leave one out"]
+    multiple = math.lcm(packing.MULTIPLE, args.tensor_model_parallel_size)
+    if args.packed_sequence_size and args.packed_sequence_size % multiple:
+        return [
+            f"--packed_sequence_size {args.packed_sequence_size} is not a multiple of {multiple}; "
+            f"use {preflight.below(args.packed_sequence_size, multiple)}"
+        ]
     if reason and args.packing is None:
         print(f"packing is off, because of {reason}")
     args.packing = args.packing is not False and not reason
@@ -211,9 +217,9 @@ def build_recipe(args, model, source, data):
     if data.chat_template:  # kept with every checkpoint, so that an exported model is asked in the same words
         tokenizer = prompts.write_tokenizer(tokenizer, runs.folder(args) / "nemo_tokenizer", data.chat_template)
     recipes.set_model(recipe, args, config, tokenizer)
-    folder, packing, kwargs = data.folder.absolute(), {}, {}
+    folder, specs, kwargs = data.folder.absolute(), {}, {}
     if args.packing:
-        packing["packed_sequence_specs"] = run.Config(
+        specs["packed_sequence_specs"] = run.Config(
             PackedSequenceSpecs,
             packed_sequence_size=data.pack_size,
             packed_train_data_path=str(folder / "training.npy"),
@@ -236,7 +242,7 @@ def build_recipe(args, model, source, data):
         seed=args.seed,
         num_workers=args.num_workers,
         dataset_kwargs=kwargs,
-        **packing,
+        **specs,
     )
     recipe.tokenizer = "data"
     recipes.set_parallelism(recipe, args)

@@ -124,7 +124,9 @@ def _name(args, tokenizer_folder):
     for text in (args.prompt_template, args.system_prompt, prompts.PLAIN):
         digest.update(b"\0" + repr(text).encode())
     files = [Path(args.dataset_path) / f"{name}.jsonl" for name in FILES]
-    for file in [*files, *(Path(tokenizer_folder) / name for name in checkpoints.ASSETS)]:
+    files += [Path(tokenizer_folder) / name for name in checkpoints.ASSETS]
+    files += sorted(Path(tokenizer_folder).glob("*.py"))  # a tokenizer's own code
+    for file in files:
         digest.update(f"\0{file.name}\0".encode())
         if file.is_file():
             with open(file, "rb") as opened:
@@ -187,8 +189,9 @@ def _tokenize(args, tokenizer_folder, chat, output):
     """Write the tokens of both files to `output`: training.npz, validation.npz, facts.json."""
     import numpy as np
 
-    started, facts = time.monotonic(), {"day": chat.day.isoformat()}
+    facts = {"day": chat.day.isoformat()}
     for name in FILES:
+        started = time.monotonic()
         file = Path(args.dataset_path) / f"{name}.jsonl"
         parts, counts = [], Counter()
         with open(file, "rb") as rows:
@@ -198,7 +201,8 @@ def _tokenize(args, tokenizer_folder, chat, output):
         ids, loss, lengths = (np.concatenate(arrays) for arrays in zip(*parts))
         np.savez(output / f"{name}.npz", ids=ids, loss=loss, ends=np.cumsum(lengths, dtype=np.int64))
         facts[name] = {"rows": len(lengths), "tokens": len(ids), "loss": int(loss.sum()), **counts}
-    facts["seconds"] = round(time.monotonic() - started, 1)
+        seconds = time.monotonic() - started
+        print(f"prepared {file.name}: {len(lengths):,} rows, {len(ids):,} tokens in {seconds:.0f} s", flush=True)
     (output / "facts.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
 
 

@@ -476,6 +476,10 @@ def test_packing_by_name_where_it_cannot_be(refused, changes, message):
     )
 
 
+def test_pack_length(refused):
+    refused(finetune.main, tuning(packed_sequence_size=100), "--packed_sequence_size 100", "multiple of 16", "use 96")
+
+
 def test_packing_and_no_packing(refused):
     argv = tuning(packed_sequence_size=64, no_packing=True)
     refused(finetune.main, argv, "--no_packing and --packed_sequence_size exclude one another")
