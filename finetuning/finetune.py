@@ -55,7 +55,7 @@ def parse_args(argv=None):
     )
     parser.add_argument(
         "--show_samples",
-        type=int,
+        type=arguments.positive,
         metavar="ROWS",
         help="print the first rows as the model gets them, the part with loss marked [1]",
     )
@@ -106,6 +106,7 @@ def schedule_problems(args, rows_or_samples, batch):
 
 def prepare(args, source):
     """The prepared rows, with what was derived from them filled in."""
+    args.show_samples = args.show_samples or 1
     # A run that goes on keeps its packs, whatever it goes on with: else it would see rows twice, and others never.
     began = runs.record(runs.folder(args)).get("starts", [{}])[-1].get("flags", {}) if source.resume_from else {}
     same = all(
@@ -273,7 +274,10 @@ def main(argv=None):
         data = prepare(args, source)
     describe(args, model, source, rows, data)
     if args.dry_run == "plan" and args.show_samples:
-        instructions.preview(args, source.tokenizer_folder(), args.show_samples)
+        try:
+            instructions.preview(args, source.tokenizer_folder(), args.show_samples)
+        except ValueError as error:
+            terminal.fail([str(error)])
     runs.start(args, "finetuning", source, lambda: build_recipe(args, model, source, data))
 
 
