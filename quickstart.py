@@ -122,7 +122,7 @@ def main(argv=None):
     shutil.rmtree(folder, ignore_errors=True)
     print(f"{'GPU' if gpus else 'no GPU: the no-GPU mode'}, {args.processes} process(es), in {folder}")
     sample, stages = ROOT / "data" / "sample", Stages(folder)
-    layout = ["--num_gpus", args.processes, "--seq_length", SEQ_LENGTH]
+    layout = ["--num_gpus", args.processes]
     for name in ("tensor", "pipeline", "context"):
         layout += [
             f"--{name}_{'model_' if name != 'context' else ''}parallel_size",
@@ -186,6 +186,8 @@ def main(argv=None):
         "--nemo_model",
         "nemo_ckpt/tiny",
         *layout,
+        "--seq_length",
+        SEQ_LENGTH,
         "--dataset_path",
         "data/custom_dataset/preprocessed",
         "--split",
@@ -211,12 +213,12 @@ def main(argv=None):
 
     tune = [
         *layout,
+        "--seq_length",
+        8 * SEQ_LENGTH,  # so that the 16 rows of a step fit one pack
         "--dataset_path",
         "data/alpaca",
         "--global_batch_size",
         16,
-        "--micro_batch_size",
-        8,
         "--num_workers",
         0,
     ]

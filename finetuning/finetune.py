@@ -6,17 +6,20 @@ From the repository root, on one node with 8 GPUs:
         --nemo_model nemo_ckpt/Llama-3.1-8B-Instruct --dataset_path data/alpaca \\
         --max_steps 100 --global_batch_size 128 --peft lora
 
---dataset_path holds training.jsonl and validation.jsonl, a row a line: {"input": ..., "output": ...}.
+--dataset_path holds training.jsonl and validation.jsonl, a row a line: {"input": ..., "output": ...}, or
+{"messages": [{"role": ..., "content": ...}, ...]}; the tokenizer's chat template writes them.
 The run lies in results/<experiment>. The same command again goes on where it stopped.
 """
 
+import argparse
+import math
 import sys
 from pathlib import Path
 
 # Nothing is installed: make the repository root importable, wherever the script is started from.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from nemo_tutorial import arguments, preflight, prompts, runs, terminal
+from nemo_tutorial import arguments, instructions, packing, preflight, prompts, runs, terminal
 
 
 def parse_args(argv=None):
@@ -27,13 +30,34 @@ def parse_args(argv=None):
     arguments.add_parallelism(parser)
     parser.add_argument("-D", "--dataset_path", required=True, help="folder of training.jsonl and validation.jsonl")
     parser.add_argument(
-        "--prompt_template", help="text with {input} and, last, {output} [the tokenizer's chat template]"
+        "--prompt_template",
+        type=prompts.unescaped,
+        help="text with {input} and, last, {output}; {system} too [the tokenizer's chat template]",
     )
+    parser.add_argument(
+        "--system_prompt", type=prompts.unescaped, help="system message of the rows that have none of their own [none]"
+    )
+    parser.add_argument(
+        "--packing", action="store_true", default=None, help="several rows in a sample, each for itself [on]"
+    )
+    parser.add_argument("--no_packing", action="store_false", dest="packing", default=None, help="one row a sample")
     parser.add_argument(
         "--packed_sequence_size",
         type=arguments.positive,
         metavar="TOKENS",
-        help="pack rows into samples of this length [not packed]",
+        help="length of a pack [--seq_length, or so much shorter that a step has --global_batch_size rows]",
+    )
+    parser.add_argument(
+        "--overlong",
+        choices=("drop", "truncate", "error"),
+        default="drop",
+        help="rows of more than --seq_length tokens are left out, cut, or stop the command [drop]",
+    )
+    parser.add_argument(
+        "--show_samples",
+        type=arguments.positive,
+        metavar="ROWS",
+        help="print the first rows as the model gets them, the part with loss marked [1]",
     )
     parser.add_argument("--peft", type=str.lower, choices=("lora", "dora"), help="train an adapter [all weights]")
     arguments.add_logging(parser)
@@ -43,30 +67,129 @@ def parse_args(argv=None):
     return args
 
 
-def derive_data(args):
-    """Steps an epoch and validation batches from the rows: (rows, steps an epoch, problems)."""
-    rows, problems = preflight.finetuning_data(args.dataset_path, prompts.KEYS)
-    problems += prompts.template_problems(args.prompt_template)
-    if args.packed_sequence_size:
-        problems += packing_problems(args)
-    training, validation = rows.get("training", 0), rows.get("validation", 0)
-    if not problems and validation < args.global_batch_size:
+def packing_problems(args):
+    """Decide on packing: where it can't be, it is off with a word, but refused if it was asked for by name."""
+    flag = "--packed_sequence_size" if args.packed_sequence_size else "--packing"
+    asked = args.packing or args.packed_sequence_size
+    if args.packed_sequence_size and args.packing is False:
+        return ["--no_packing and --packed_sequence_size exclude one another; leave one out"]
+    reason = None
+    if args.context_parallel_size > 1:
+        reason = "--context_parallel_size above 1: every NeMo 2 cuts a pack wrongly there"
+    elif args.micro_batch_size > 1:
+        reason = f"--micro_batch_size {args.micro_batch_size}: a pack is a micro batch already, of one"
+    if reason and asked:
+        return [f"{flag} does not go with {reason}; leave one out"]
+    multiple = math.lcm(packing.MULTIPLE, args.tensor_model_parallel_size)
+    if args.packed_sequence_size and args.packed_sequence_size % multiple:
+        return [
+            f"--packed_sequence_size {args.packed_sequence_size} is not a multiple of {multiple}; "
+            f"use {preflight.below(args.packed_sequence_size, multiple)}"
+        ]
+    if reason and args.packing is None:
+        print(f"packing is off, because of {reason}")
+    args.packing = args.packing is not False and not reason
+    return []
+
+
+def schedule_problems(args, rows_or_samples, batch):
+    """Fill in the steps from what an epoch has, and what follows from them; check them."""
+    epoch = rows_or_samples // batch
+    if args.max_steps is None and epoch == 0:
+        return [
+            f"--global_batch_size {args.global_batch_size} is above what one epoch of training.jsonl has; "
+            "set --max_steps, or use a smaller batch"
+        ]
+    args.max_steps = args.max_steps or epoch
+    return runs.schedule_problems(args)
+
+
+def prepare(args, source):
+    """The prepared rows, with what was derived from them filled in."""
+    args.show_samples = args.show_samples or 1
+    # A run that goes on keeps its packs, whatever it goes on with: else it would see rows twice, and others never.
+    began = runs.record(runs.folder(args)).get("starts", [{}])[-1].get("flags", {}) if source.resume_from else {}
+    same = all(
+        began.get(name) == getattr(args, name) for name in ("seq_length", "global_batch_size", "packed_sequence_size")
+    )
+    try:
+        data = instructions.prepare(args, source.tokenizer_folder(), began.get("packs") if same else None)
+    except ValueError as error:
+        terminal.fail([str(error)])
+    preflight.report(schedule_problems(args, data.facts["training"]["samples"], data.batch))
+    args.limit_val_batches = min(args.limit_val_batches or 32, data.validation_batches)
+    args.packs = [data.pack_size, data.batch] if args.packing else None  # kept in the run's record
+    return data
+
+
+def estimate(args, rows):
+    """What can be said before the rows are prepared: (arguments with the schedule filled in, problems)."""
+    args = argparse.Namespace(**vars(args))
+    training, validation = rows["training"], rows["validation"]
+    problems = schedule_problems(args, training, args.global_batch_size)
+    if not args.packing and validation < args.global_batch_size:
         # NeMo drops an unfilled validation batch: nothing would be validated, without a word.
         problems.append(
             f"--global_batch_size {args.global_batch_size} is above the {validation} rows of "
             f"{args.dataset_path}/validation.jsonl, which would never fill a batch; use a smaller one"
         )
-    epoch = training // args.global_batch_size
-    if not problems and args.max_steps is None and epoch == 0:
-        problems.append(
-            f"--global_batch_size {args.global_batch_size} is above the {training} training rows; "
-            "set --max_steps, or use a smaller batch"
+    args.limit_val_batches = min(args.limit_val_batches or 32, max(1, validation // args.global_batch_size))
+    return args, problems
+
+
+def describe(args, model, source, rows, data):
+    """Print what was derived; before the rows are prepared (`data` is None) some of it is an estimate."""
+    if data is None:
+        size = (Path(args.dataset_path) / "training.jsonl").stat().st_size / instructions.BYTES_A_TOKEN
+        tokens = size / rows["training"] * args.global_batch_size
+        step = f"about {terminal.number(round(tokens))} in {args.global_batch_size} rows, before the rows are prepared"
+        runs.describe(args, model, source, step)
+        terminal.describe(
+            "data, before the rows are prepared",
+            [
+                ("rows", f"{rows['training']:,} training, {rows['validation']:,} validation"),
+                ("tokens", f"about {terminal.number(round(size))}, {instructions.BYTES_A_TOKEN} bytes each"),
+                ("packing", "on" if args.packing else "off"),
+                ("steps an epoch", rows["training"] // args.global_batch_size),
+                ("prompt", args.prompt_template or "the tokenizer's chat template"),
+                ("validation", f"{args.limit_val_batches} batches every {args.val_check_interval} steps"),
+            ],
         )
-    if not problems:
-        args.max_steps = args.max_steps or epoch
-    batches = max(1, validation // args.global_batch_size)
-    args.limit_val_batches = min(args.limit_val_batches or 32, batches)
-    return rows, epoch, problems
+        return
+    training, validation = data.facts["training"], data.facts["validation"]
+    tokens = training["tokens"] / training["rows"]
+    dp = preflight.data_parallel_size(args)
+    packs = f"{data.batch} packs of {data.pack_size}, with " if args.packing else ""
+    micro_batches = data.batch // (args.micro_batch_size * dp)
+    step = (
+        f"about {data.rows_a_step * tokens:,.0f} = {packs}{data.rows_a_step:.4g} rows of {tokens:.4g}; "
+        f"{micro_batches} micro batches a GPU"
+    )
+    runs.describe(args, model, source, step)
+    seen = validation["rows"] if args.packing else data.validation_batches * data.batch
+    terminal.describe(
+        "data",
+        [
+            ("rows", f"{training['rows']:,} training, {validation['rows']:,} validation"),
+            ("tokens", f"{training['tokens']:,}, {training['loss'] / training['tokens']:.1%} with loss"),
+            ("longest row", f"{training['longest']} of {args.seq_length} tokens"),
+            (
+                "packs",
+                f"{training['samples']:,} of {data.pack_size} tokens, {training['fill']:.2%} full, "
+                f"{training['rows'] / training['samples']:.4g} rows each"
+                if args.packing
+                else "none: one row a sample",
+            ),
+            ("prepared in", data.folder),
+            ("steps an epoch", data.steps_an_epoch),
+            ("epochs", f"{args.max_steps / max(1, training['samples'] / data.batch):.2f}"),
+            (
+                "validation",
+                f"{args.limit_val_batches} batches every {args.val_check_interval} steps; "
+                f"{seen:,} rows are {data.validation_batches} batches",
+            ),
+        ],
+    )
 
 
 def peft_problems(args):
@@ -79,58 +202,52 @@ def peft_problems(args):
     return []
 
 
-def packing_problems(args):
-    """What NeMo's packing needs; where it can't be, it is refused rather than dropped."""
-    problems = []
-    if args.accelerator == "cpu":
-        problems.append("--packed_sequence_size needs Transformer Engine, so a GPU: not in the no-GPU mode")
-    if args.micro_batch_size > 1:
-        problems.append(
-            f"--packed_sequence_size needs --micro_batch_size 1, not {args.micro_batch_size}: "
-            "a packed sample is a batch already"
-        )
-    if args.context_parallel_size > 1:
-        problems.append("--packed_sequence_size with --context_parallel_size above 1 is wrong in every NeMo 2")
-    return problems
-
-
-def build_recipe(args, model, source):
+def build_recipe(args, model, source, data):
     """NeMo's recipe for the nearest size, with what the flags and the task change."""
     import nemo_run as run
     from nemo.collections import llm
     from nemo.collections.llm.gpt.data.packed_sequence import PackedSequenceSpecs
 
-    from nemo_tutorial import adapters, recipes
+    from nemo_tutorial import adapters, recipes, tuning_data
 
     recipe = recipes.start(model.recipe, "finetune_recipe", args)
     inside = adapters.NORM_INSIDE.get(model.family.architecture)
     if args.peft and inside:  # else the adapter could be neither merged nor exported
         recipe.peft.target_modules = [name for name in adapters.LINEAR if name not in inside]
-    recipes.set_model(recipe, args, *source.config_and_tokenizer())
-    template = prompts.template(args.prompt_template, recipe.model.tokenizer)
-    prompts.remove_stale_indexes(args.dataset_path)
-    prompts.show_sample(args, template, recipe.model.tokenizer)
-    packing = {}
-    if args.packed_sequence_size:
-        # Named after all that decides the packing: NeMo's own name would find last week's with another template.
-        name = prompts.fingerprint(args, template)
-        packing["packed_sequence_specs"] = run.Config(
-            PackedSequenceSpecs, packed_sequence_size=args.packed_sequence_size, tokenizer_model_name=name
+    config, tokenizer = source.config_and_tokenizer()
+    if data.chat_template:  # kept with every checkpoint, so that an exported model is asked in the same words
+        tokenizer = prompts.write_tokenizer(tokenizer, runs.folder(args) / "nemo_tokenizer", data.chat_template)
+    recipes.set_model(recipe, args, config, tokenizer)
+    folder, specs, kwargs = data.folder.absolute(), {}, {}
+    if args.packing:
+        specs["packed_sequence_specs"] = run.Config(
+            PackedSequenceSpecs,
+            packed_sequence_size=data.pack_size,
+            packed_train_data_path=str(folder / "training.npy"),
+            packed_val_data_path=str(folder / "validation.npy"),
+            packed_metadata_path=str(folder / "metadata.json"),
+        )
+    else:
+        kwargs["return_cu_seqlen"] = False  # a causal mask instead: the samples are rows, not packs
+        # What context and sequence parallelism can divide.
+        kwargs["pad_seq_length_to_mult"] = math.lcm(
+            16, 2 * args.context_parallel_size * args.tensor_model_parallel_size
         )
     recipe.data = run.Config(
-        llm.FineTuningDataModule,
-        dataset_root=str(Path(args.dataset_path).absolute()),
+        llm.FineTuningDataModule if args.packing else tuning_data.UnpackedRows,
+        dataset_root=str(folder),
         seq_length=args.seq_length,
-        global_batch_size=args.global_batch_size,
+        global_batch_size=data.batch,
         micro_batch_size=args.micro_batch_size,
         tokenizer=recipe.model.tokenizer,
         seed=args.seed,
         num_workers=args.num_workers,
-        dataset_kwargs=prompts.dataset_kwargs(template),
-        **packing,
+        dataset_kwargs=kwargs,
+        **specs,
     )
     recipe.tokenizer = "data"
     recipes.set_parallelism(recipe, args)
+    recipes.set_token_loss(recipe)
     recipes.set_training(recipe, args)
     recipes.set_precision(recipe, args)
     recipes.set_checkpointing(recipe, args, source.resume_from, source.restore_from)
@@ -143,23 +260,25 @@ def main(argv=None):
     problems = runs.hardware_problems(args)
     source, model, found = runs.weights(args, fallback="newest")
     problems += found + runs.model_problems(args, model) + peft_problems(args)
-    rows, epoch, found = derive_data(args)
-    problems += found
-    if args.max_steps:
-        problems += runs.schedule_problems(args)
+    rows, found = preflight.finetuning_data(args.dataset_path)
+    problems += found + prompts.template_problems(args.prompt_template, args.system_prompt) + packing_problems(args)
+    planned = args
+    if not problems:
+        planned, problems = estimate(args, rows)
     preflight.report(problems)
 
-    runs.describe(args, model, source)
-    terminal.describe(
-        "data",
-        [
-            ("rows", f"{rows['training']:,} training, {rows['validation']:,} validation"),
-            ("steps an epoch", epoch if not args.packed_sequence_size else "fewer than the rows: they are packed"),
-            ("prompt", args.prompt_template or "the tokenizer's chat template"),
-            ("validation", f"{args.limit_val_batches} batches every {args.val_check_interval} steps"),
-        ],
-    )
-    runs.start(args, "finetuning", source, lambda: build_recipe(args, model, source))
+    data = None
+    if args.dry_run == "plan":
+        args = planned
+    else:
+        data = prepare(args, source)
+    describe(args, model, source, rows, data)
+    if args.dry_run == "plan" and args.show_samples:
+        try:
+            instructions.preview(args, source.tokenizer_folder(), args.show_samples)
+        except ValueError as error:
+            terminal.fail([str(error)])
+    runs.start(args, "finetuning", source, lambda: build_recipe(args, model, source, data))
 
 
 if __name__ == "__main__":

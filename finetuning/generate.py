@@ -16,7 +16,7 @@ from pathlib import Path
 # Nothing is installed: make the repository root importable, wherever the script is started from.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from nemo_tutorial import arguments, models, preflight, terminal
+from nemo_tutorial import arguments, models, preflight, prompts, terminal
 
 
 def parse_args(argv=None):
@@ -24,12 +24,18 @@ def parse_args(argv=None):
     parser.add_argument("--model", required=True, help="Hugging Face folder")
     group = parser.add_mutually_exclusive_group(required=True)
     group.add_argument("--prompt", help="one question")
-    group.add_argument("--questions", help='JSON lines of {"input": ..., "output": ...}')
+    group.add_argument("--questions", help="JSON lines, as for training; the last answer is asked for")
+    parser.add_argument("--system_prompt", type=prompts.unescaped, help="that of the training [none]")
     parser.add_argument("--limit", type=arguments.positive, help="ask only the first ones [all]")
     parser.add_argument("--max_new_tokens", type=arguments.positive, default=64, help="[64]")
     parser.add_argument("--trust_remote_code", action="store_true", help="run the tokenizer's own code [refused]")
     parser.add_argument("--output_path", help="write questions and replies here as JSON as well")
     return parser.parse_args(argv)
+
+
+def answered(row):
+    """A question that need not have an answer, as a row that has one."""
+    return {"output": "", **row} if isinstance(row, dict) else row
 
 
 def main(argv=None):
@@ -42,7 +48,8 @@ def main(argv=None):
         problems.append(f"--model: {error}")
     if args.questions:
         if Path(args.questions).is_file():
-            problems += [problem for problem in preflight.count_rows(args.questions, ["input"])[1:] if problem]
+            problem = preflight.count_rows(args.questions, lambda row: prompts.row_problem(answered(row)))[1]
+            problems += [problem] if problem else []
         else:
             problems.append(f"--questions {args.questions} is not a file")
     preflight.report(problems)
@@ -60,7 +67,8 @@ def main(argv=None):
     ends = model.generation_config.eos_token_id
     ends = set(ends if isinstance(ends, list) else [ends])
     for row in rows:
-        messages = [{"role": "user", "content": row["input"]}]
+        messages = prompts.messages(answered(row), args.system_prompt)
+        expected = messages.pop()["content"]
         inputs = tokenizer.apply_chat_template(
             messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
         ).to(device)
@@ -74,7 +82,7 @@ def main(argv=None):
         new = output[0, inputs["input_ids"].shape[1] :].tolist()
         row["reply"] = tokenizer.decode(new, skip_special_tokens=True)
         row["ended"] = new[-1] in ends
-        terminal.describe(row["input"], [("reply", row["reply"]), ("expected", row.get("output"))])
+        terminal.describe(messages[-1]["content"], [("reply", row["reply"]), ("expected", expected or None)])
     if args.output_path:
         Path(args.output_path).write_text(json.dumps(rows, ensure_ascii=False, indent=1), encoding="utf-8")
 

@@ -25,6 +25,13 @@ def fp8_plugin(recipe):
     return factory()
 
 
+def counts_tokens():
+    """Whether NeMo's loss says of how many tokens it is, so that Megatron can average over them (NeMo 2.4, not 2.2)."""
+    from nemo.lightning.megatron_parallel import MaskedTokenLossReduction
+
+    return "num_valid_tokens" in MaskedTokenLossReduction.forward.__code__.co_varnames
+
+
 def versions():
     """Versions of what a run depends on; a missing package is left out."""
     from importlib import metadata

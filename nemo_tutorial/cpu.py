@@ -4,7 +4,7 @@ Importing this module patches torch, Megatron-Core and NeMo in this process; whe
 at all. It reaches the ranks because a recipe for the CPU names `pretrain` or `finetune` below, which a rank imports.
 It imports NeMo before, so the folder no_gpu, in the ranks' path, hides what it must not find in the NeMo container.
 It serves learning, tests, and checking a run before renting GPUs; it says nothing about speed. What a CPU run
-can't show: Transformer Engine's kernels, NCCL, context parallelism, FP8, packed sequences.
+can't show: Transformer Engine's kernels, NCCL, context parallelism, FP8.
 
 Checkpoints written here have the names, shapes and values of those of a GPU machine with Transformer Engine.
 Made for NeMo 2.7.3 and Megatron-Core 0.15.3; each patch says what breaks without it.
@@ -222,6 +222,7 @@ def _patch_megatron():
     from megatron.core.dist_checkpointing.strategies import filesystem_async
     from megatron.core.optimizer import distrib_optimizer
     from megatron.core.tensor_parallel import random
+    from megatron.core.transformer.dot_product_attention import DotProductAttention
     from megatron.core.transformer.torch_norm import WrappedTorchNorm
     from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -252,6 +253,28 @@ def _patch_megatron():
     # The stock one is float32 always ("dtype mismatch" on import) and refuses sequence parallelism, and the norms of
     # Gemma and Nemotron ("zero_centered_gamma not supported by torch LayerNorm").
     WrappedTorchNorm.__new__ = norm
+
+    attention = DotProductAttention.forward
+
+    def packed_attention(self, query, key, value, attention_mask, *args, packed_seq_params=None, **kwargs):
+        if packed_seq_params is None:
+            return attention(self, query, key, value, attention_mask, *args, **kwargs)
+        # [tokens, heads, channels]: the packs' samples one after the other, each attending to itself alone.
+        place = torch.arange(query.shape[0])
+        sample = torch.searchsorted(packed_seq_params.cu_seqlens_q, place, right=True)
+        mask = (sample[:, None] != sample) | (place[:, None] < place)
+        softmax, window = self.scale_mask_softmax, self.scale_mask_softmax.window_size
+        if window is not None:
+            mask |= place[:, None] - place > window[0]
+        softmax.window_size = None  # Megatron would put a mask of its own in the place of ours
+        try:
+            args = (query.unsqueeze(1), key.unsqueeze(1), value.unsqueeze(1), mask[None, None], *args)
+            return attention(self, *args, **kwargs)
+        finally:
+            softmax.window_size = window
+
+    # "Packed sequence is not supported by DotProductAttention": the mask says what cu_seqlens would.
+    DotProductAttention.forward = packed_attention
 
     @functools.cache
     def results_queue():

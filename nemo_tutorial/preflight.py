@@ -10,7 +10,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from nemo_tutorial import blends, checkpoints, models, terminal
+from nemo_tutorial import blends, checkpoints, models, prompts, terminal
 
 
 def report(problems):
@@ -296,7 +296,7 @@ def pretraining_data(args):
     return blend, blends.split_problems(blend, args.seq_length)
 
 
-def finetuning_data(folder, keys):
+def finetuning_data(folder):
     """Read training.jsonl and validation.jsonl: ({name: rows}, problems). Every line is checked."""
     rows, problems = {}, []
     folder = Path(folder)
@@ -308,26 +308,23 @@ def finetuning_data(folder, keys):
         if not file.is_file():
             problems.append(f"--dataset_path: {file} is missing; run python finetuning/download_split_data.py first")
             continue
-        count, problem = count_rows(file, keys)
+        count, problem = count_rows(file, prompts.row_problem)
         rows[name] = count
         if problem:
             problems.append(f"--dataset_path: {problem}")
     return rows, problems
 
 
-def count_rows(file, keys):
-    """Count the rows of a JSONL file: (rows, first problem or None). Each row needs `keys`, all text."""
+def count_rows(file, row_problem):
+    """Count the rows of a JSONL file: (rows, first problem or None), the latter as `row_problem`(row) finds it."""
     count = 0
     with open(file, "rb") as lines:
         for number, line in enumerate(lines, 1):
             try:
-                row = json.loads(line)
+                problem = row_problem(json.loads(line))
             except ValueError as error:
                 return count, f"{file}:{number} is not JSON ({error}); mend or remove the line"
-            if not isinstance(row, dict):
-                return count, f"{file}:{number} is not a JSON object"
-            bad = [key for key in keys if not isinstance(row.get(key), str)]
-            if bad:
-                return count, f"{file}:{number} has no text under {', '.join(bad)}; every row needs {', '.join(keys)}"
+            if problem:
+                return count, f"{file}:{number} {problem}"
             count += 1
     return count, None if count else f"{file} is empty"

@@ -83,11 +83,25 @@ def set_parallelism(recipe, args):
     strategy.pipeline_dtype = dtype if args.pipeline_model_parallel_size > 1 else None
     if args.context_parallel_size > 1:
         # A rank whose part of a sample is all prompt has no loss: averaging per rank gives NaN.
-        recipe.model.config.calculate_per_token_loss = True
-        strategy.ddp.average_in_collective = False
+        _average_over_tokens(recipe)
     # Else a checkpoint's optimizer can be loaded only on the layout that wrote it (NeMo 2.6 and newer).
     for name, value in compat.supported(nl.MegatronStrategy, ckpt_optim_fully_reshardable=True).items():
         setattr(strategy, name, value)
+
+
+def _average_over_tokens(recipe):
+    recipe.model.config.calculate_per_token_loss = True
+    if isinstance(recipe.trainer.strategy.ddp, fdl.Buildable):  # a finetune recipe only names it, and it is off there
+        recipe.trainer.strategy.ddp.average_in_collective = False
+
+
+def set_token_loss(recipe):
+    """Average the loss over the tokens of a step that have any, not over micro batches first.
+
+    Else a token's weight would depend on how many have loss in its micro batch: on packing and --micro_batch_size.
+    """
+    if compat.counts_tokens():
+        _average_over_tokens(recipe)
 
 
 def set_precision(recipe, args):

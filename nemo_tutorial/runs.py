@@ -26,6 +26,11 @@ class Source:
             return f"goes on from step {checkpoints.step(self.resume_from)} of {self.resume_from}"
         return str(self.restore_from) if self.restore_from else f"random, shape of {self.hf_folder}"
 
+    def tokenizer_folder(self):
+        """The folder of the tokenizer that these weights came with."""
+        checkpoint = self.resume_from or self.restore_from
+        return models.tokenizer_folder(checkpoint) if checkpoint else self.hf_folder
+
     def checkpoints(self):
         """The checkpoints that NeMo will read: the one above, and the base model if that is an adapter."""
         found = [path for path in (self.resume_from or self.restore_from,) if path]
@@ -39,7 +44,7 @@ class Source:
 
         checkpoint = self.resume_from or self.restore_from
         if checkpoint:
-            return recipes.checkpoint_config(checkpoint), models.tokenizer_folder(checkpoint)
+            return recipes.checkpoint_config(checkpoint), self.tokenizer_folder()
         # Copied, because NeMo stores the tokenizer's whole folder with each checkpoint: here, the weights too.
         folder = self.run / "nemo_tokenizer"
         checkpoints.copy_assets(self.hf_folder, folder)
@@ -253,8 +258,8 @@ def schedule_problems(args):
     return problems
 
 
-def describe(args, model, source):
-    """Print what was derived for a training run."""
+def describe(args, model, source, tokens_a_step=None):
+    """Print what was derived for a training run; `tokens_a_step` is words where samples are not all --seq_length."""
     dp = preflight.data_parallel_size(args)
     rate = [
         schedule.learning_rate(step, args.lr, args.min_lr, args.warmup_steps, args.max_steps)
@@ -297,7 +302,8 @@ def describe(args, model, source):
         [
             (
                 "tokens a step",
-                f"{args.global_batch_size * args.seq_length:,} = {args.global_batch_size} samples x "
+                tokens_a_step
+                or f"{args.global_batch_size * args.seq_length:,} = {args.global_batch_size} samples x "
                 f"{args.seq_length}; {accumulation} micro batches a GPU",
             ),
             ("steps", f"{args.max_steps}" + (f", stop at every {args.exit_interval}" if args.exit_interval else "")),

@@ -46,9 +46,13 @@ FLAGS = {
     "finetuning/download_split_data.py": """
         --dataset --subset --split --revision --ratios --seed --output_path --overwrite --dry_run
     """,
-    "finetuning/finetune.py": TRAINING + "--prompt_template --packed_sequence_size --peft",
+    "finetuning/finetune.py": TRAINING
+    + """
+        --prompt_template --system_prompt --packing --no_packing --packed_sequence_size --overlong --show_samples
+        --peft
+    """,
     "finetuning/generate.py": """
-        --model --prompt --questions --limit --max_new_tokens --trust_remote_code --output_path
+        --model --prompt --questions --system_prompt --limit --max_new_tokens --trust_remote_code --output_path
     """,
     "finetuning/merge_lora.py": "--source --base --output_path --overwrite --dry_run",
     "pretraining/pretrain.py": TRAINING + "--split",

@@ -1,7 +1,6 @@
 """On a GPU with Transformer Engine: what the no-GPU mode writes is what a GPU machine writes, and can go on from."""
 
 import json
-import re
 
 import pytest
 from conftest import script
@@ -106,15 +105,19 @@ def test_fp8(stages):
 
 @pytest.mark.parametrize("peft", [[], ["--peft", "lora"]])
 def test_packed_fine_tuning(stages, peft):
-    """Packing is on: a step of packed samples trains on more rows than samples."""
-    rows = [{"input": f"{number} + 1 = ?", "output": str(number + 1)} for number in range(200)]
+    """Packing is on by default, and what it packs trains as the same rows do unpacked, as near as bf16 kernels are."""
+    rows = [{"input": f"{number} + 1 = ?", "output": str(number + 1)} for number in range(64)]
     (stages / "pairs").mkdir(exist_ok=True)
     for name in ("training", "validation"):
         (stages / "pairs" / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    name = "packed_lora" if peft else "packed"
-    flags = "--nemo_model nemo_ckpt/tiny --dataset_path pairs --seq_length 512 --packed_sequence_size 512"
-    flags = [*flags.split(), *"--global_batch_size 2 --max_steps 10 --lr 3e-3".split(), *peft]
-    script(stages, "finetuning/finetune.py", "--experiment", name, *flags)
-    assert losses(stages, name)[-1] < losses(stages, name)[0]
-    log = next((stages / "experiments" / name).rglob("combined.log")).read_text()
-    assert re.search(r"[Pp]ack", log), "NeMo packed the rows"
+    flags = "--nemo_model nemo_ckpt/tiny --dataset_path pairs --seq_length 512 --global_batch_size 64"
+    flags = [*flags.split(), *"--max_steps 10 --lr 3e-3".split(), *peft]
+    found = {}
+    for name, more in (("packed", []), ("unpacked", ["--no_packing", "--micro_batch_size", 8])):
+        name += "_lora" if peft else ""
+        output = script(stages, "finetuning/finetune.py", "--experiment", name, *flags, *more).stdout
+        assert ("64 rows" in output and "packs of" in output) == (not more)
+        found[bool(more)] = losses(stages, name)
+    packed, unpacked = found[False], found[True]
+    assert packed[-1] < packed[0]
+    assert max(abs(a - b) for a, b in zip(packed, unpacked)) < 0.05, (packed, unpacked)

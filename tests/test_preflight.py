@@ -128,6 +128,7 @@ def work(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr(preflight, "gpus_here", lambda: 8)
     monkeypatch.setattr(runs, "start", started)
+    monkeypatch.setattr("nemo_tutorial.instructions.prepare", started)
     monkeypatch.chdir(tmp_path)
     nemo_checkpoint("ckpt")
     hf_model("hf")
@@ -421,6 +422,8 @@ def test_rows_missing(refused, work):
         ('{"input": "a"}', "has no text under output"),
         ('{"input": "a", "output": 5}', "has no text under output"),
         ('{"output": "a"}', "has no text under input"),
+        ('{"messages": [{"role": "user", "content": "a"}]}', "has messages that do not end with an answer"),
+        ('{"messages": [{"role": "human", "content": "a"}]}', "has a message 1 of role 'human'"),
     ],
 )
 def test_broken_row(refused, work, line, message):
@@ -437,7 +440,7 @@ def test_empty_rows(refused, work):
 
 
 def test_validation_rows_below_the_batch(refused):
-    argv = tuning(global_batch_size=33)
+    argv = tuning(global_batch_size=33, no_packing=True)
     refused(finetune.main, argv, "--global_batch_size 33", "the 32 rows of rows/validation.jsonl", "use a smaller one")
 
 
@@ -454,16 +457,46 @@ def test_prompt_template(refused, template, message):
     refused(finetune.main, tuning(prompt_template=template), "--prompt_template", message)
 
 
-@pytest.mark.parametrize(
-    "changes, message",
-    [
-        ({}, "no-GPU mode"),
-        ({"accelerator": "gpu", "num_gpus": 1, "micro_batch_size": 2}, "--micro_batch_size 1, not 2"),
-        ({"accelerator": "gpu", "num_gpus": 2, "context_parallel_size": 2}, "--context_parallel_size above 1"),
-    ],
-)
-def test_packing(refused, changes, message):
-    refused(finetune.main, tuning(packed_sequence_size=64, **changes), "--packed_sequence_size", message)
+def test_system_prompt_without_a_place(refused):
+    argv = tuning(prompt_template="{input} {output}", system_prompt="Be brief.")
+    refused(finetune.main, argv, "--system_prompt has no effect: --prompt_template has no {system}")
+
+
+WITHOUT_PACKING = [
+    ({"micro_batch_size": 2}, "--micro_batch_size 2: a pack is a micro batch already"),
+    ({"accelerator": "gpu", "num_gpus": 2, "context_parallel_size": 2}, "--context_parallel_size above 1"),
+]
+
+
+@pytest.mark.parametrize("changes, message", WITHOUT_PACKING)
+def test_packing_by_name_where_it_cannot_be(refused, changes, message):
+    refused(finetune.main, tuning(packing=True, **changes), "--packing does not go with", message)
+    refused(
+        finetune.main, tuning(packed_sequence_size=64, **changes), "--packed_sequence_size does not go with", message
+    )
+
+
+def test_pack_length(refused):
+    refused(finetune.main, tuning(packed_sequence_size=100), "--packed_sequence_size 100", "multiple of 16", "use 96")
+
+
+def test_packing_and_no_packing(refused):
+    argv = tuning(packed_sequence_size=64, no_packing=True)
+    refused(finetune.main, argv, "--no_packing and --packed_sequence_size exclude one another")
+
+
+@pytest.mark.parametrize("changes, message", WITHOUT_PACKING)
+def test_packing_by_default_goes_where_it_cannot_be(capsys, changes, message):
+    with pytest.raises(AssertionError, match="^accepted$"):
+        finetune.main(tuning(**changes))
+    said = [line for line in capsys.readouterr().out.splitlines() if "packing" in line]
+    assert len(said) == 1 and said[0].startswith("packing is off, because of " + message)
+
+
+def test_packing_is_on_by_default(capsys):
+    with pytest.raises(AssertionError, match="^accepted$"):
+        finetune.main(tuning())
+    assert "packing is off" not in capsys.readouterr().out
 
 
 # Checkpoints and runs.

@@ -1,0 +1,137 @@
+"""Instruction tuning through the real NeMo on the CPU: packed rows train exactly as they do one by one."""
+
+import json
+
+import pytest
+from conftest import script
+
+pytestmark = pytest.mark.nemo
+LENGTHS = (7, 12, 9)  # of three samples in a pack of 32: its last 4 places are padding
+ROWS = [
+    {
+        "input": f"台灣第 {number} 個問題是什麼？" * (number % 3 + 1),
+        "output": f"第 {number} 個答案。" * (number % 4 + 1),
+    }
+    for number in range(16)
+]
+FLAGS = "--nemo_model nemo_ckpt/tiny --dataset_path sixteen --seq_length 128 --precision fp32 --num_workers 0"
+
+
+@pytest.fixture(scope="module")
+def model(stages):
+    """The tiny model in NeMo, in fp32, in this process."""
+    from nemo_tutorial import conversion, cpu  # noqa: F401  (cpu: Megatron without a GPU)
+
+    nemo, _ = conversion.exporter(stages / "nemo_ckpt/tiny").nemo_load(stages / "nemo_ckpt/tiny")
+    return nemo.eval().float()
+
+
+def forward(model, ids, cu_seqlens=None, labels=None):
+    """Logits [tokens, vocabulary] of a pack, or of one sample; with `labels` [tokens], the loss of each token."""
+    import torch
+    from megatron.core.packed_seq_params import PackedSeqParams
+
+    params, length = {}, len(ids)
+    mask = torch.ones(length, length).tril().logical_not()[None, None]
+    if cu_seqlens:
+        ends = torch.tensor(cu_seqlens, dtype=torch.int32)
+        longest = (ends[1:] - ends[:-1]).max()
+        params["packed_seq_params"] = PackedSeqParams(
+            qkv_format="thd", cu_seqlens_q=ends, cu_seqlens_kv=ends, max_seqlen_q=longest, max_seqlen_kv=longest
+        )
+        mask = torch.tensor([1])  # what NeMo's packed dataset gives
+    labels = None if labels is None else torch.tensor([labels])
+    with torch.no_grad():
+        out = model(torch.tensor([ids]), torch.arange(length)[None], attention_mask=mask, labels=labels, **params)
+    return out.squeeze(0) if labels is None else out.view(-1)
+
+
+@pytest.fixture(params=[None, (3, 0)], ids=["", "window"])
+def window(request, model):
+    """Attention in full, and to the last four tokens only, as Mistral's first version has it."""
+    softmaxes = [
+        module for module in model.modules() if hasattr(module, "window_size") and hasattr(module, "mask_func")
+    ]
+    assert softmaxes
+    for softmax in softmaxes:
+        softmax.window_size = request.param
+    yield
+    for softmax in softmaxes:
+        softmax.window_size = None
+
+
+def pack():
+    import torch
+
+    torch.manual_seed(0)
+    samples = [torch.randint(0, 2000, (length + 1,)).tolist() for length in LENGTHS]
+    ends = [0, 7, 19, 28, 32]
+    ids = [token for sample in samples for token in sample[:-1]] + [0] * 4
+    labels = [token for sample in samples for token in sample[1:]] + [0] * 4
+    return samples, ids, labels, ends
+
+
+def test_a_changed_sample_leaves_its_neighbours_bit_equal(model, window):
+    _, ids, _, ends = pack()
+    before = forward(model, ids, ends)
+    changed = list(ids)
+    changed[9:17] = [token + 1 for token in ids[9:17]]
+    after = forward(model, changed, ends)
+    assert before[:7].equal(after[:7]) and before[19:].equal(after[19:])
+    assert not before[9:19].equal(after[9:19])
+
+
+def test_a_packed_sample_has_the_loss_that_it_has_alone(model, window):
+    samples, ids, labels, ends = pack()
+    packed = forward(model, ids, ends, labels)
+    for sample, start, end in zip(samples, ends, ends[1:]):
+        alone = forward(model, sample[:-1], labels=sample[1:])
+        assert (packed[start:end] - alone).abs().max() < 1e-5, "positions and attention start anew"
+
+
+def tune(stages, name, *flags):
+    """The metrics of a run, by step, and what it printed."""
+    folder = stages / "sixteen"
+    if not folder.is_dir():
+        folder.mkdir()
+        for part in ("training", "validation"):
+            lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS]
+            (folder / f"{part}.jsonl").write_text("".join(lines), encoding="utf-8")
+    said = script(stages, "finetuning/finetune.py", "--experiment", name, *FLAGS.split(), *flags).stdout
+    lines = (stages / "results" / name / "record" / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines], said
+
+
+def near(found, expected):
+    assert [line["step"] for line in found] == [line["step"] for line in expected]
+    for line, other in zip(found, expected):
+        for value in ("loss", "val_loss", "grad_norm"):
+            if value in other:
+                assert line[value] == pytest.approx(other[value], rel=1e-5, abs=1e-5), (value, line, other)
+
+
+def test_packed_and_unpacked_runs_are_the_same(stages):
+    """All rows in each step, in packs on two processes and four to a micro batch on one: losses and gradients."""
+    flags = ["--global_batch_size", 16, "--max_steps", 3, "--val_check_interval", 3, "--lr", "1e-3"]
+    unpacked, said = tune(stages, "unpacked", *flags, "--micro_batch_size", 4)
+    assert "packing is off" in said and "none: one row a sample" in said
+    packed, said = tune(stages, "packed", *flags, "--num_gpus", 2)
+    assert "with 16 rows of" in said and "packs of" in said
+    near(packed, unpacked)
+    assert sum("val_loss" in line for line in packed) >= 2 and sum("loss" in line for line in packed) == 3
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("peft", [[], ["--peft", "lora"]], ids=["all", "lora"])
+def test_a_packed_run_goes_on_where_it_stopped(stages, peft):
+    """With the same packs in the same order, on two processes as on one."""
+    name = "lora" if peft else "all"
+    flags = ["--global_batch_size", 4, "--max_steps", 6, "--lr", "1e-3", *peft]
+    unbroken, _ = tune(stages, f"unbroken_{name}", *flags, "--val_check_interval", 3)
+    tune(stages, f"broken_{name}", *flags, "--exit_interval", 3)
+    resumed, said = tune(stages, f"broken_{name}", *flags, "--exit_interval", 3, "--num_gpus", 2)
+    assert "goes on from step 3" in said
+    steps = {line["step"]: line["loss"] for line in resumed if "loss" in line}
+    expected = {line["step"]: line["loss"] for line in unbroken if "loss" in line}
+    assert len({round(loss, 4) for loss in expected.values()}) == 6
+    assert steps == pytest.approx(expected, abs=1e-5 if not peft else 1e-3)
