@@ -23,7 +23,11 @@ def model(stages):
     from nemo_tutorial import conversion, cpu  # noqa: F401  (cpu: Megatron without a GPU)
 
     nemo, _ = conversion.exporter(stages / "nemo_ckpt/tiny").nemo_load(stages / "nemo_ckpt/tiny")
-    return nemo.eval().float()
+    nemo = nemo.eval().float()
+    for module in nemo.modules():
+        if hasattr(module, "mask_func"):  # the softmax knows what it was built for
+            module.input_in_bf16 = module.input_in_float16 = False
+    return nemo
 
 
 def forward(model, ids, cu_seqlens=None, labels=None):
