@@ -178,6 +178,9 @@ def add_training(parser, global_batch_size):
     group.add_argument("--precision", choices=("bf16", "fp32"), default="bf16", help="[bf16]")
     group.add_argument("--fp8", action="store_true", help="FP8 matrix products (needs an H100 or newer)")
     group.add_argument("--fp8_recipe", choices=FP8_RECIPES, help="how FP8 values are scaled [delayed_scaling]")
+    group.add_argument(
+        "--performance", choices=("auto", "off"), default="auto", help="off: NeMo's own settings of speed [auto]"
+    )
 
 
 def add_parallelism(parser):

@@ -10,7 +10,7 @@ from nemo.collections import llm
 from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTokenizer
 from nemo.lightning import io
 
-from nemo_tutorial import callbacks, compat, conversion, cpu, models
+from nemo_tutorial import callbacks, compat, conversion, cpu, models, performance
 
 # The fields of a NeMo config that say what the model is; all others say how it runs, and stay the recipe's.
 ARCHITECTURE = (
@@ -138,6 +138,20 @@ def set_training(recipe, args):
     if args.exit_interval:
         own.append(run.Config(callbacks.ExitInterval, args.exit_interval))
     trainer.callbacks = [*(trainer.callbacks or []), *own]
+
+
+def set_performance(recipe, args, settings=None):
+    """`settings`, or those of performance.SETTINGS that the flags call for; what this NeMo lacks is left out."""
+    if settings is None:
+        settings = performance.settings(args)
+    for setting in settings:
+        for path, value in setting.values.items():
+            *parents, name = path.split(".")
+            node = recipe
+            for parent in parents:
+                node = getattr(node, parent, None)
+            if isinstance(node, fdl.Buildable) and compat.supported(fdl.get_callable(node), **{name: value}):
+                setattr(node, name, value)
 
 
 def set_checkpointing(recipe, args, resume_from, restore_from):

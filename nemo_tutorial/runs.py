@@ -9,7 +9,17 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from nemo_tutorial import checkpoints, hub, megatron_data, models, preflight, schedule, terminal, tokenization
+from nemo_tutorial import (
+    checkpoints,
+    hub,
+    megatron_data,
+    models,
+    performance,
+    preflight,
+    schedule,
+    terminal,
+    tokenization,
+)
 
 
 @dataclass
@@ -294,6 +304,7 @@ def describe(args, model, source, tokens_a_step=None):
                 + (", sequence parallel" if args.sequence_parallel else ""),
             ),
             ("precision", f"FP8 {args.fp8_recipe or 'delayed_scaling'}" if args.fp8 else args.precision),
+            ("performance", ", ".join(setting.name for setting in performance.settings(args)) or "NeMo's own settings"),
         ],
     )
     accumulation = args.global_batch_size // (args.micro_batch_size * dp)

@@ -95,6 +95,13 @@ def test_each_exports_and_goes_on_from_the_others_checkpoint(stages, pretrained)
         assert len(losses(stages, name)) == 12 and losses(stages, name)[-1] < losses(stages, name)[0] * 0.9
 
 
+def test_fast_settings_change_no_loss(stages, pretrained):
+    """Ten steps with NeMo's own settings of speed, from the same weights on the same data: the same losses, nearly."""
+    script(stages, "pretraining/pretrain.py", "--experiment", "performance_off", *TRAIN, "--performance", "off")
+    fast, stock = losses(stages, "gpu"), losses(stages, "performance_off")
+    assert max(abs(a - b) for a, b in zip(fast, stock)) < 0.01, (fast, stock)
+
+
 def test_fp8(stages):
     """FP8 in both recipes that an H100 has: the losses of bf16, nearly."""
     for recipe in ("delayed_scaling", "current_scaling"):

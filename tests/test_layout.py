@@ -22,6 +22,7 @@ STDLIB_ONLY = (
     "megatron_data",
     "models",
     "packing",
+    "performance",
     "preflight",
     "prompts",
     "runs",

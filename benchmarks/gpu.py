@@ -1,0 +1,536 @@
+"""Training on one GPU: ours against NeMo's stock recipe and what else a user might take, in one run on the same data.
+
+From the repository root, on a machine with a GPU (rows that are measured already are left out, so it can be repeated):
+
+    python benchmarks/gpu.py --rows 1b-8192 8b-lora
+    python benchmarks/gpu.py --rows ablation-1b --seconds 500
+    python benchmarks/gpu.py --table
+
+Each cell (a contestant in a row) runs in a process of its own, which has imported NeMo ahead. Random weights, random
+tokens, the first steps dropped, the median of the others. Tokens/s are of the whole loop, logging included;
+without validation and checkpoints. TFLOP/s count 6 N + 6 L h s a token: N parameters in matrix products (a frozen one
+counts 4), causal attention once; MFU is of 989 TFLOP/s.
+"""
+
+import argparse
+import collections
+import contextlib
+import json
+import os
+import re
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+
+# Nothing is installed: make the repository root importable, wherever the script is started from.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from nemo_tutorial import terminal
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# Row -> what all its contestants share, and the contestants. A contestant is "stock" or "ours", with "+change" (of
+# gpu_nemo.CHANGES) or "-setting" (of nemo_tutorial.performance) after it, or a peer's name; then " seed N" of the
+# weights, and " profile" to time the kernels as well.
+PEERS = ("transformers", "peft")
+FULL = ("stock+mbs2", "ours", "transformers+compile+liger", "transformers+compile")
+ABLATION_1B = {"model": "1b", "kind": "pretrain", "seq": 8192, "gbs": 8, "steps": 8, "warmup": 3}
+ABLATION_LORA = {"model": "8b", "kind": "lora", "seq": 4096, "gbs": 8, "steps": 8, "warmup": 3}
+ROWS = {
+    "1b-8192": ({"model": "1b", "kind": "pretrain", "seq": 8192, "gbs": 16}, FULL),
+    "1b-4096": ({"model": "1b", "kind": "pretrain", "seq": 4096, "gbs": 32}, FULL),
+    "1b-8192-fp8": (
+        {"model": "1b", "kind": "pretrain", "seq": 8192, "gbs": 16},
+        ("stock+mbs2+fp8_current", "ours+fp8_current", "ours+fp8_delayed"),
+    ),
+    "3b-4096": ({"model": "3b", "kind": "pretrain", "seq": 4096, "gbs": 16}, FULL),
+    "3b-8192": ({"model": "3b", "kind": "pretrain", "seq": 8192, "gbs": 8}, FULL),
+    "8b-lora": (
+        {"model": "8b", "kind": "lora", "seq": 4096, "gbs": 16},
+        ("stock", "stock+mbs2", "ours", "peft+compile"),
+    ),
+    "8b-lora-fp8": (
+        {"model": "8b", "kind": "lora", "seq": 4096, "gbs": 16},
+        ("stock+mbs2+fp8_current", "ours+fp8_current"),
+    ),
+    "8b-sft": (
+        {"model": "8b", "kind": "sft", "seq": 4096, "gbs": 8},
+        ("stock", "ours+lean", "ours+lean_fp8+recompute_full"),
+    ),
+    # One change at a time, the most promising first.
+    "ablation-1b": (
+        ABLATION_1B,
+        (
+            "stock+mbs2 profile",
+            "ours+mbs2 profile",
+            "ours+mbs2+wgrad",
+            "ours+mbs4",
+            "ours+mbs2+fp8_current_all profile",
+            "ours+mbs2+fp8_delayed",
+            "ours+mbs4+fp8_delayed profile",
+            "ours+mbs4+fp8_current_all",
+            "ours+mbs4+ce_no_sync+quiet+log10 profile",
+            "ours+mbs4+gc",
+            "ours+mbs2+graphs",
+            "ours+mbs2+fuser",
+        ),
+    ),
+    "ablation-1b-more": (
+        ABLATION_1B,
+        (
+            "ours+mbs2",
+            "ours+mbs2+quiet+log10 profile",
+            "ours+mbs2+gc",
+            "ours+mbs2+nonan",
+            "ours+mbs2+te_swiglu",
+            "ours+mbs2+qkv_rope",
+            "ours+mbs2+adam_bf16",
+            "ours+mbs2+grads_bf16",
+            "ours+mbs2+segments",
+            "ours+mbs2+connections",
+            "ours+mbs2+graphs",
+            "ours+mbs1",
+            "ours+mbs2+fp8_current",
+            "ours+mbs2+fp8_block",
+            "ours+mbs2+fp8_current_nogather",
+            "ours+mbs2+no_distopt",
+            "stock+mbs2+ce_te",
+            "stock+mbs2+nooverlap",
+        ),
+    ),
+    "ablation-lora": (
+        ABLATION_LORA,
+        (
+            "stock+mbs2 profile",
+            "ours+mbs2 profile",
+            "ours+mbs2+lora_addmm",
+            "ours+mbs2+lora_fuser",
+            "ours+mbs2+lora_addmm+fp8_current_all profile",
+            "ours+mbs2+lora_addmm+fp8_delayed",
+        ),
+    ),
+    "ablation-lora-more": (
+        ABLATION_LORA,
+        (
+            "ours+mbs1+lora_addmm",
+            "ours+mbs2+lora_addmm+gc",
+            "ours+mbs2+lora_addmm+te_swiglu",
+            "ours+mbs2+lora_addmm+fp8_current_nogather",
+            "ours+mbs2+lora_addmm+quiet+log10 profile",
+        ),
+    ),
+    # Same initial weights and data: is the loss of ours as near to stock's as stock's own with other weights?
+    "parity": (
+        {"model": "1b", "kind": "pretrain", "seq": 2048, "gbs": 8, "steps": 98, "warmup": 2, "lr": 3e-4},
+        (
+            "stock",
+            "ours",
+            "stock seed 2",
+            "stock seed 3",
+            "ours+mbs2+lean",
+            "ours+mbs2+lean_fp8",
+            "ours+mbs2+wgrad",
+            "ours+mbs2+grads_bf16",
+            "ours+mbs2+fp8_current_all",
+            "ours+mbs2+fp8_delayed",
+        ),
+    ),
+    # Instruction rows, packed and padded: tokens that are no padding.
+    "sft-packed": (
+        {"model": "1b", "kind": "sft", "seq": 4096, "gbs": 8},
+        ("ours+packed", "ours+padded", "stock+padded"),
+    ),
+    "sft-packed-lora": (
+        {"model": "8b", "kind": "lora", "seq": 4096, "gbs": 8},
+        ("ours+packed", "ours+padded", "stock+padded"),
+    ),
+    # What our own callbacks cost.
+    "callbacks": (
+        {"model": "1b", "kind": "pretrain", "seq": 4096, "gbs": 8, "steps": 40, "warmup": 4},
+        ("ours", "ours+no_metrics", "ours seed 2", "ours+no_metrics seed 2"),
+    ),
+    "tiny": (
+        {"model": "tiny", "kind": "pretrain", "seq": 128, "gbs": 4, "steps": 4, "warmup": 2},
+        ("stock+mbs2", "ours", "transformers"),
+    ),
+    "tiny-sft": (
+        {"model": "tiny", "kind": "sft", "seq": 4096, "gbs": 1, "steps": 2, "warmup": 1},
+        ("ours+padded", "stock+padded"),
+    ),
+    "tiny-lora": (
+        {"model": "tiny", "kind": "lora", "seq": 128, "gbs": 4, "steps": 4, "warmup": 2},
+        ("stock", "ours", "peft"),
+    ),
+}
+# Peak memory, for the estimate of --dry_run: three steps of two micro batches.
+for model, kind in (("1b", "pretrain"), ("3b", "pretrain"), ("8b", "lora")):
+    for seq in (2048, 4096, 8192):
+        shared = {"model": model, "kind": kind, "seq": seq, "gbs": 4, "steps": 2, "warmup": 1}
+        ROWS[f"memory-{model}-{seq}"] = (
+            shared,
+            ("ours+mbs1", "ours+mbs2", "ours+mbs1+recompute_full", "ours+mbs2+recompute_full"),
+        )
+MICRO_BATCHES = (4, 2, 1)  # of the peers: the largest that fits
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--rows", nargs="+", default=[], metavar="ROW", help="memory means all memory-*: " + ", ".join(ROWS)
+    )
+    parser.add_argument(
+        "--contestants", nargs="+", help="only these of the rows' contestants, or others, in this order"
+    )
+    parser.add_argument("--seconds", type=float, default=540, help="start no cell that would end later than this [540]")
+    parser.add_argument("--steps", type=int, help="timed steps [15; the ablations 8]")
+    parser.add_argument(
+        "--profile", action="store_true", help="also time the kernels of two steps, and the GPU's idle share"
+    )
+    parser.add_argument("--results", default="benchmarks/gpu.json", help="read and added to [benchmarks/gpu.json]")
+    parser.add_argument("--again", action="store_true", help="measure again what the results hold")
+    parser.add_argument(
+        "--accelerator", choices=("gpu", "cpu"), default="gpu", help="cpu: a rehearsal of the rows tiny [gpu]"
+    )
+    parser.add_argument("--table", action="store_true", help="print what was measured, and stop")
+    parser.add_argument("--plot", metavar="FILE", help="with --table: draw it as well")
+    parser.add_argument("--serve", choices=("nemo", "peers", "ceilings"), help=argparse.SUPPRESS)
+    return parser.parse_args(argv)
+
+
+def selected(name):
+    """The rows that a word of --rows means: one, or all that begin with it."""
+    return [name] if name in ROWS else [row for row in ROWS if row.startswith(f"{name}-")]
+
+
+def cells(args):
+    """What to measure, in order."""
+    for row in [row for name in args.rows for row in selected(name)]:
+        shared, contestants = ROWS[row]
+        for contestant in args.contestants or contestants:
+            name, profile, _ = contestant.partition(" profile")
+            base, _, seed = name.partition(" seed ")
+            yield {
+                "steps": 15,
+                "warmup": 4,
+                "lr": 1e-4,
+                "data_seed": 1,
+                **shared,
+                **({"steps": args.steps} if args.steps else {}),
+                "row": row,
+                "name": name,
+                "contestant": base,
+                "seed": int(seed or 1),
+                "stack": "peers" if re.split(r"\W", base)[0] in PEERS else "nemo",
+                "profile": args.profile or bool(profile),
+                "accelerator": args.accelerator,
+            }
+
+
+class Standby:
+    """Processes that have imported a stack ahead and wait for their cell; each measures one, and ends."""
+
+    AHEAD = {"nemo": 3, "peers": 2, "ceilings": 1}  # importing NeMo takes longer than most cells
+
+    def __init__(self, stack, args, folder, count):
+        self.stack, self.accelerator, self.left = stack, args.accelerator, count
+        self.log = open(folder / f"{stack}.log", "ab", buffering=0)
+        self.waiting = []
+        self.refill()
+
+    def refill(self):
+        """Start as many as are wanted ahead."""
+        ahead = self.AHEAD[self.stack] if self.accelerator == "gpu" else 1
+        while self.left > 0 and len(self.waiting) < ahead:
+            self.left -= 1
+            environment = os.environ | {
+                "TOKENIZERS_PARALLELISM": "false",
+                "TORCH_NCCL_AVOID_RECORD_STREAMS": "1",
+                "NCCL_NVLS_ENABLE": "0",
+                "HF_HUB_OFFLINE": "1",
+            }
+            if self.accelerator == "cpu" and self.stack == "nemo":
+                path = [str(ROOT / "nemo_tutorial" / "no_gpu"), os.environ.get("PYTHONPATH")]
+                environment |= {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join(filter(None, path))}
+            command = [sys.executable, "-u", __file__, "--serve", self.stack, "--accelerator", self.accelerator]
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self.log,
+                env=environment,
+                text=True,
+                start_new_session=True,  # to be ended with all that it started
+            )
+            self.waiting.append(process)
+
+    def ask(self, cell, seconds):
+        """The cell's row; {"error": ...} if it failed or took more than `seconds`."""
+        if not self.waiting:  # a second try of a cell
+            self.left += 1
+            self.refill()
+        process = self.waiting.pop(0)
+        try:
+            process.stdin.write(json.dumps(cell) + "\n")
+            process.stdin.flush()
+            ready, _, _ = select.select([process.stdout], [], [], seconds)
+            if not ready:
+                return {"error": f"stopped after {seconds:.0f} s"}
+            line = process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        finally:
+            end(process)
+            self.refill()
+        return json.loads(line) if line else {"error": "its process died; see the log"}
+
+    def close(self):
+        for process in self.waiting:
+            end(process, patience=0)
+
+
+def end(process, patience=3):
+    """End a process and what it started; one that has answered is about to end by itself."""
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.stdin.close()
+        process.wait(patience)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def serve(args):
+    """The other side: import the stack, measure the one cell that standard input holds, answer in one line."""
+    answer = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what the stack prints goes to the log
+    if args.serve == "ceilings":
+        import gpu_measure as stack
+    elif args.serve == "nemo":
+        if args.accelerator == "cpu":
+            import nemo_tutorial.cpu  # noqa: F401  patches NeMo
+        import gpu_nemo as stack
+    else:
+        import gpu_peers as stack
+    line = sys.stdin.readline()
+    if not line:
+        return
+    cell = json.loads(line)
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            os.chdir(folder)
+            print(f"\n=== {cell.get('row')} {cell.get('name')} ===", file=sys.stderr, flush=True)
+            row = stack.measure(cell, tokenizer(folder)) if "row" in cell else stack.ceilings()
+        except BaseException as error:  # whatever it is, it is this cell's result
+            traceback.print_exc()
+            row = {"error": f"{type(error).__name__}: {error}".replace("\n", " ")[:400]}
+        answer.write(json.dumps(row) + "\n")
+        answer.flush()
+        os.chdir("/")
+    os._exit(0)  # no clean-up: it would wait for communicators and threads
+
+
+def tokenizer(folder):
+    """A folder with a tokenizer of few words: random tokens need none, NeMo does."""
+    path = Path(folder, "tokenizer")
+    path.mkdir()
+    words = ["<s>", "</s>", "<unk>", *(f"w{number}" for number in range(1000))]
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    special = [{"id": number, "content": word, "special": True, **flags} for number, word in enumerate(words[:3])]
+    model = {"type": "WordLevel", "vocab": {word: number for number, word in enumerate(words)}, "unk_token": "<unk>"}
+    (path / "tokenizer.json").write_text(
+        json.dumps(
+            {"version": "1.0", "added_tokens": special, "pre_tokenizer": {"type": "WhitespaceSplit"}, "model": model}
+        )
+    )
+    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    (path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **special}))
+    return str(path)
+
+
+def load(path):
+    """The results so far."""
+    try:
+        return json.loads(Path(path).read_text())
+    except FileNotFoundError:
+        return {"machines": {}, "rows": {}}
+
+
+def save(path, results):
+    """Whole or not at all."""
+    partial = Path(f"{path}.partial")
+    partial.write_text(json.dumps(results, indent=1))
+    os.replace(partial, path)
+
+
+def machine():
+    """The GPU's name and the versions of what is measured."""
+    from importlib import metadata
+
+    versions = {}
+    for name in (
+        "torch",
+        "transformer_engine",
+        "nemo_toolkit",
+        "megatron-core",
+        "transformers",
+        "peft",
+        "liger_kernel",
+    ):
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            pass
+    query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
+    found = (
+        subprocess.run(query, capture_output=True, text=True).stdout.strip() if shutil.which("nvidia-smi") else "CPU"
+    )
+    return found.splitlines()[0], versions
+
+
+def run(args):
+    """Measure the cells that the results lack."""
+    began = time.monotonic()
+    name, versions = machine()
+    results = load(args.results)
+    here = results["machines"].setdefault(name, {"versions": versions, "date": time.strftime("%Y-%m-%d")})
+    todo = [
+        cell
+        for cell in cells(args)
+        if args.again or "step_s" not in results["rows"].get(cell["row"], {}).get(f"{cell['name']} @ {name}", {})
+    ]
+    folder = Path(args.results).resolve().parent / "gpu_logs"
+    folder.mkdir(parents=True, exist_ok=True)
+    count = collections.Counter(cell["stack"] for cell in todo)
+    standby = {stack: Standby(stack, args, folder, count[stack]) for stack in count}
+    try:
+        if args.accelerator == "gpu" and todo:
+            standby["ceilings"] = Standby("ceilings", args, folder, 1)
+            here["ceilings"] = standby["ceilings"].ask({}, 120)
+            print(f"{name}: {here['ceilings']}", flush=True)
+        longest = 0
+        for cell in todo:
+            left = args.seconds - (time.monotonic() - began)
+            if left < max(15, longest):
+                print(f"no time left for {cell['row']} {cell['name']} and after; the same command goes on", flush=True)
+                break
+            start = time.monotonic()
+            sizes = [size for size in MICRO_BATCHES if cell["gbs"] % size == 0] if cell["stack"] == "peers" else [None]
+            for size in sizes:
+                row = standby[cell["stack"]].ask({**cell, "mbs": size}, args.seconds - (time.monotonic() - began))
+                if "out of memory" not in row.get("error", ""):
+                    break
+            took = time.monotonic() - start
+            longest = max(longest, took) if cell is not todo[0] else 0  # the first waits for the import
+            row |= {"machine": name, "wall_s": round(took, 1), "date": time.strftime("%Y-%m-%d %H:%M")}
+            row |= {key: cell[key] for key in ("model", "kind", "seq", "gbs", "seed")}
+            results["rows"].setdefault(cell["row"], {})[f"{cell['name']} @ {name}"] = row
+            save(args.results, results)
+            print(line(cell["row"], cell["name"], row), flush=True)
+    finally:
+        for stack in standby.values():
+            stack.close()
+
+
+def line(row, name, found):
+    """One cell in a line."""
+    if "error" in found:
+        return f"{row:14} {name:40} {found['error'][:150]}  [{found['wall_s']} s]"
+    idle = found.get("kernels") and f" idle {found['kernels']['idle']:.1%}"
+    padding = f" padding {found['padding']:.1%}" if "padding" in found else ""
+    memory = f"{found.get('allocated_gb', 0)}/{found.get('reserved_gb', 0)} GB"
+    return (
+        f"{row:14} {name:40} {found['tok_s']:>7,} tok/s  {found['tflops']:6.1f} TFLOP/s  MFU {found['mfu']:.1%}  "
+        f"{found['step_s']:.3f} s ({found['step_min']:.3f}-{found['step_max']:.3f})  mbs {found['micro_batch_size']}  "
+        f"{memory}  loss {found['loss'][0]:.3f} -> {found['loss'][-1]:.3f}{idle or ''}{padding}  [{found['wall_s']} s]"
+    )
+
+
+def table(args):
+    """Print the results; the profiles, and how far losses lie apart, below."""
+    results = load(args.results)
+    for name, found in results["machines"].items():
+        print(f"{name}, {found['date']}: {found['versions']} {found.get('ceilings', '')}")
+    for row, contestants in results["rows"].items():
+        print()
+        for key, found in contestants.items():
+            print(line(row, key.split(" @ ")[0], found))
+        for key, found in contestants.items():
+            if found.get("kernels"):
+                print(f"  {key.split(' @ ')[0]}: {found['kernels']['classes_ms']} of {found['kernels']['step_ms']} ms")
+    parity(results)
+    if args.plot:
+        plot(results, args.plot)
+
+
+def parity(results):
+    """Mean difference of the loss to stock over steps 50-100, against that of stock with other initial weights."""
+    found = {
+        key.split(" @ ")[0]: row["loss"][50:100]
+        for key, row in results["rows"].get("parity", {}).items()
+        if "loss" in row
+    }
+    if "stock" not in found:
+        return
+    print("\nloss of steps 51-100 less stock's: mean, and mean of the absolute differences")
+    for name, losses in found.items():
+        pairs = list(zip(losses, found["stock"]))
+        mean = sum(a - b for a, b in pairs) / len(pairs)
+        print(f"  {name:30} {mean:+.5f}  {sum(abs(a - b) for a, b in pairs) / len(pairs):.5f}")
+
+
+def plot(results, path):
+    """Tokens/s of each row's contestants as bars, drawn into `path`."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = {
+        row: {k.split(" @ ")[0]: v["tok_s"] for k, v in c.items() if "tok_s" in v} for row, c in results["rows"].items()
+    }
+    rows = {row: values for row, values in rows.items() if values and not row.startswith("tiny")}
+    sizes = [len(values) for values in rows.values()]
+    figure, axes = pyplot.subplots(
+        len(rows),
+        1,
+        figsize=(8, 0.35 * sum(sizes) + 0.8 * len(rows)),
+        gridspec_kw={"height_ratios": sizes},
+        squeeze=False,
+    )
+    for axis, (row, values) in zip(axes[:, 0], rows.items()):
+        names = list(values)[::-1]
+        bars = axis.barh(
+            names,
+            [values[name] for name in names],
+            color=["#76b900" if n.startswith("ours") else "#999" for n in names],
+        )
+        axis.bar_label(bars, fmt="{:,.0f}", padding=2, fontsize=8)
+        axis.set_title(row, loc="left", fontsize=9)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.tick_params(labelsize=8)
+    axes[-1, 0].set_xlabel("tokens/s")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    if args.serve:
+        serve(args)
+    elif args.table:
+        table(args)
+    elif not args.rows or not all(map(selected, args.rows)):
+        wrong = [name for name in args.rows if not selected(name)]
+        terminal.fail([f"--rows {' '.join(wrong)}: choose from {', '.join(ROWS)}"])
+    else:
+        run(args)
+        table(args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,448 @@
+"""One measured run of NeMo for gpu.py: NeMo's stock recipe, or ours, with named changes."""
+
+import importlib.util
+import json
+import os
+import random
+from pathlib import Path
+
+import fiddle as fdl
+import gpu_measure
+import nemo_run as run
+import torch
+from lightning.pytorch.callbacks import Callback
+from megatron.core.distributed import DistributedDataParallelConfig
+from nemo.collections import llm
+from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTokenizer
+from nemo.collections.llm.gpt.data.mock import MockDataModule
+from nemo.collections.llm.gpt.data.packed_sequence import PackedSequenceSpecs
+from nemo.collections.llm.gpt.model.base import gpt_data_step
+from nemo.collections.llm.recipes.precision import mixed_precision
+from nemo.lightning import megatron_init
+from nemo.lightning.pytorch.callbacks import GarbageCollectionCallback
+
+from nemo_tutorial import performance, recipes
+
+ROOT = Path(__file__).resolve().parents[1]
+MODELS = {  # name -> (NeMo's config, NeMo's recipe, changed sizes)
+    "1b": ("Llama32Config1B", "llama32_1b", {}),
+    "3b": ("Llama32Config3B", "llama32_3b", {}),
+    "8b": ("Llama31Config8B", "llama31_8b", {}),
+    "tiny": (
+        "Llama32Config1B",
+        "llama32_1b",
+        {"num_layers": 2, "hidden_size": 128, "ffn_hidden_size": 384, "num_attention_heads": 4, "num_query_groups": 2},
+    ),
+}
+VOCABULARY = {"tiny": 2048}
+END = 1  # of gpu.py's tokenizer
+
+
+class Tokens(torch.utils.data.Dataset):
+    """Samples of random tokens, as NeMo's mock dataset gives them."""
+
+    collate_fn = staticmethod(torch.utils.data.default_collate)
+
+    def __init__(self, vocabulary, seed, samples, seq_length, with_mask):
+        self.draw = vocabulary, seed
+        self.samples, self.seq_length = samples, seq_length
+        self.constant = {"loss_mask": torch.ones(seq_length), "position_ids": torch.arange(seq_length)}
+        if with_mask:  # Megatron's own attention, without Transformer Engine, wants one
+            self.constant["attention_mask"] = torch.ones(1, seq_length, seq_length).tril() < 0.5
+
+    def __len__(self):
+        return self.samples
+
+    def __getitem__(self, index):
+        drawn = torch.from_numpy(gpu_measure.tokens(*self.draw, index, self.seq_length + 1))
+        return {"tokens": drawn[:-1], "labels": drawn[1:], **self.constant}
+
+
+class RandomTokens(MockDataModule):
+    """NeMo's mock data module with our tokens."""
+
+    def __init__(self, vocabulary, seed, **kwargs):
+        super().__init__(**kwargs)
+        self.vocabulary, self.seed = vocabulary, seed
+
+    def setup(self, stage=""):
+        self._train_ds = self._validation_ds = self._test_ds = Tokens(
+            self.vocabulary, self.seed, self.num_train_samples, self.seq_length, self.create_attention_mask
+        )
+
+
+COUNTED = []  # (tokens, tokens that are no padding) of each micro batch
+
+
+def counting_data_step(batches):
+    """NeMo's own, counting what is padding: the end token, which no text of ours holds."""
+    batch = gpt_data_step(batches)
+    COUNTED.append((batch["tokens"].numel(), (batch["tokens"] != END).sum()))
+    return batch
+
+
+def instructions(packed):
+    """Rows of random words with the lengths of gpu_measure.lengths, packed, or padded as NeMo does: to the longest."""
+
+    def change(recipe):
+        folder = Path("rows")
+        folder.mkdir()
+        draw = random.Random(recipe.data.seed)
+        for name, count in (("training", 4096), ("validation", 64)):
+            with open(folder / f"{name}.jsonl", "w") as file:
+                for prompt, answer in gpu_measure.lengths(recipe.data.seed, count):
+                    row = {"input": prompt, "output": answer}
+                    row = {key: " ".join(f"w{draw.randrange(1000)}" for _ in range(size)) for key, size in row.items()}
+                    file.write(json.dumps(row) + "\n")
+        size = recipe.data.seq_length
+        options = {"micro_batch_size": 1, "global_batch_size": recipe.data.global_batch_size}
+        if packed:
+            options["packed_sequence_specs"] = run.Config(
+                PackedSequenceSpecs, packed_sequence_size=size, tokenizer_model_name="words"
+            )
+        else:  # about as many tokens a step
+            options = {"micro_batch_size": 8, "global_batch_size": 16 * recipe.data.global_batch_size}
+        template = {"prompt_template": "{input} {output}", "add_bos": False, "add_eos": True}
+        recipe.data = run.Config(
+            llm.FineTuningDataModule,
+            dataset_root=str(folder.absolute()),
+            seq_length=size,
+            tokenizer=recipe.data.tokenizer,
+            num_workers=2,
+            dataset_kwargs=template,
+            **options,
+        )
+        recipe.model.config.data_step_fn = counting_data_step
+
+    return change
+
+
+class Recorder(Callback):
+    """Hands each step to gpu_measure.Steps."""
+
+    def __init__(self, steps):
+        self.steps = steps
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.steps.begin()
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.steps.end(outputs["loss"] if isinstance(outputs, dict) else outputs)
+
+
+# --- named changes: contestant "ours+gc" or "stock+mbs4" is a recipe with these applied in turn ---
+
+
+class InputGradients(Callback):
+    """With all weights frozen, what is recomputed gets gradients only if its input asks for one."""
+
+    def on_fit_start(self, trainer, pl_module):
+        for name, module in pl_module.named_modules():
+            if name.endswith("word_embeddings"):
+                module.register_forward_hook(lambda module, inputs, output: output.requires_grad_())
+
+
+def recompute(**values):
+    def change(recipe):
+        config(**values)(recipe)
+        if getattr(recipe, "peft", None):
+            recipe.trainer.callbacks.append(run.Config(InputGradients))
+
+    return change
+
+
+def micro_batch(size):
+    def change(recipe):
+        recipe.data.micro_batch_size = size
+
+    return change
+
+
+def config(**values):
+    def change(recipe):
+        for name, value in values.items():
+            setattr(recipe.model.config, name, value)
+
+    return change
+
+
+def environment(**values):
+    def change(recipe):
+        os.environ.update(values)
+
+    return change
+
+
+def ddp(**values):
+    def change(recipe):
+        for name, value in values.items():
+            if not isinstance(getattr(recipe.trainer.strategy, "ddp", None), fdl.Buildable):
+                # What the strategy makes of "megatron", which the fine-tuning recipes leave in place.
+                recipe.trainer.strategy.ddp = run.Config(DistributedDataParallelConfig, check_for_nan_in_grad=True)
+            setattr(recipe.trainer.strategy.ddp, name, value)
+
+    return change
+
+
+def precision(factory, **values):
+    def change(recipe):
+        recipe.trainer.plugins = getattr(mixed_precision, factory)()
+        for name, value in values.items():
+            setattr(recipe.trainer.plugins, name, value)
+
+    return change
+
+
+def bf16_gradients(recipe):
+    ddp(grad_reduce_in_fp32=False)(recipe)
+    recipe.trainer.plugins.grad_reduce_in_fp32 = False
+
+
+def optimizer(moments=torch.float32, **values):
+    """Transformer Engine's fused Adam with its states in other precisions."""
+
+    def change(recipe):
+        adam = recipe.optim.config
+        adam.use_distributed_optimizer = True
+        adam.use_precision_aware_optimizer = True
+        adam.exp_avg_dtype = adam.exp_avg_sq_dtype = moments
+        for name, value in values.items():
+            setattr(adam, name, value)
+
+    return change
+
+
+def lean(moments):
+    """bf16 gradients, no copy of the weights (16 bits of remainder), moments of `moments`: 8 or 6 bytes a parameter."""
+
+    def change(recipe):
+        bf16_gradients(recipe)
+        optimizer(moments, main_grads_dtype=torch.bfloat16)(recipe)
+
+    return change
+
+
+def collect(steps):
+    def change(recipe):
+        recipe.trainer.callbacks.append(run.Config(GarbageCollectionCallback, steps, steps))
+
+    return change
+
+
+def without(*names):
+    def change(recipe):
+        kept = [c for c in recipe.trainer.callbacks if fdl.get_callable(c).__name__ not in names]
+        recipe.trainer.callbacks = kept
+
+    return change
+
+
+def fused_wgrad(recipe):
+    recipe.model.config.gradient_accumulation_fusion = True
+    from gpu_trials import enable_wgrad_fusion
+
+    enable_wgrad_fusion()
+
+
+def lora_fuser(recipe):
+    from gpu_trials import FuseLoRA
+
+    recipe.trainer.callbacks.append(run.Config(FuseLoRA))
+
+
+def lora_addmm(recipe):
+    from gpu_trials import patch_lora
+
+    patch_lora()
+
+
+def cuda_graphs(recipe):
+    config(cuda_graph_impl="local", use_te_rng_tracker=True)(recipe)
+    recipe.trainer.strategy.use_te_rng_tracker = True
+
+
+def log_every(steps):
+    def change(recipe):
+        recipe.trainer.log_every_n_steps = steps
+
+    return change
+
+
+CHANGES = {
+    "mbs1": micro_batch(1),
+    "mbs2": micro_batch(2),
+    "mbs4": micro_batch(4),
+    "mbs8": micro_batch(8),
+    "packed": instructions(packed=True),
+    "padded": instructions(packed=False),
+    "nonan": ddp(check_for_nan_in_grad=False),
+    "overlap": ddp(overlap_grad_reduce=True, overlap_param_gather=True, average_in_collective=True),
+    "nooverlap": ddp(overlap_grad_reduce=False, overlap_param_gather=False, average_in_collective=False),
+    "ce_te": config(cross_entropy_loss_fusion=True, cross_entropy_fusion_impl="te"),
+    "ce_native": config(cross_entropy_loss_fusion=True, cross_entropy_fusion_impl="native"),
+    # Read by the loss alone where nothing is captured: its backward pass then compares no tensor on the host.
+    "ce_no_sync": config(cuda_graph_scope="full_iteration"),
+    "grads_bf16": bf16_gradients,
+    "wgrad": fused_wgrad,
+    "adam_aware": optimizer(),
+    "adam_bf16": optimizer(torch.bfloat16),
+    "lean": lean(torch.bfloat16),
+    "lean_fp8": lean(torch.uint8),
+    "no_distopt": lambda recipe: setattr(recipe.optim.config, "use_distributed_optimizer", False),
+    "gc": collect(100),
+    "log10": log_every(10),
+    "no_metrics": without("Metrics"),
+    "quiet": without("Metrics", "TimingCallback"),
+    "segments": environment(PYTORCH_CUDA_ALLOC_CONF="expandable_segments:True"),
+    "connections": environment(CUDA_DEVICE_MAX_CONNECTIONS="8"),
+    "fuser": config(use_transformer_engine_op_fuser=True),
+    "qkv_rope": config(fused_single_qkv_rope=True),
+    "te_swiglu": config(use_te_activation_func=True, bias_activation_fusion=False),
+    "lora_fuser": lora_fuser,
+    "lora_addmm": lora_addmm,
+    "graphs": cuda_graphs,
+    "recompute_selective": config(recompute_granularity="selective", recompute_modules=["core_attn"]),
+    "recompute_norm": config(recompute_granularity="selective", recompute_modules=["layernorm"]),
+    "recompute_mlp": config(recompute_granularity="selective", recompute_modules=["mlp"]),
+    "recompute_full": recompute(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1),
+    "recompute_half": recompute(recompute_granularity="full", recompute_method="block", recompute_num_layers=16),
+    "fp8_delayed": precision("bf16_with_fp8_mixed"),
+    "fp8_current": precision("bf16_with_fp8_current_scaling_mixed"),
+    "fp8_block": precision("bf16_with_fp8_subchannel_scaling_mixed"),
+    "fp8_current_all": precision("bf16_with_fp8_current_scaling_mixed", first_last_layers_bf16=False),
+    "fp8_current_nogather": precision("bf16_with_fp8_current_scaling_mixed", fp8_param_gather=False),
+    "fp8_delayed_nogather": precision("bf16_with_fp8_mixed", fp8_param_gather=False),
+}
+
+
+def flags(cell):
+    """The tutorial's flags of this run, as pretrain.py and finetune.py have them after their checks."""
+    pretrain = cell["kind"] == "pretrain"
+    path = ROOT / ("pretraining/pretrain.py" if pretrain else "finetuning/finetune.py")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    words = f"--dataset_path none --experiment benchmark --num_gpus 1 --accelerator {cell['accelerator']}"
+    words += f" --seq_length {cell['seq']} --global_batch_size {cell['gbs']} --max_steps {cell['total']}"
+    words += f" --lr {cell['lr']} --min_lr {cell['lr'] / 10} --warmup_steps {max(1, cell['total'] // 10)}"
+    words += f" --val_check_interval {cell['total']} --limit_val_batches 1"
+    words += " --peft lora" if cell["kind"] == "lora" else ""
+    args = script.parse_args(words.split())
+    args.sequence_parallel = False
+    return args
+
+
+def build(cell, steps, tokenizer):
+    """The recipe of `cell["contestant"]`: "stock" or "ours", "+name" of a change, "-name" of one of our settings."""
+    cls, recipe_name, sizes = MODELS[cell["model"]]
+    vocabulary = VOCABULARY.get(cell["model"], 128256)
+    base, *changes = cell["contestant"].replace("-", "+-").split("+")
+    args = flags(cell)
+    kind = "pretrain_recipe" if cell["kind"] == "pretrain" else "finetune_recipe"
+    recipe = recipes.start(recipe_name, kind, args)
+    data = {
+        "vocabulary": vocabulary,
+        "seed": cell["data_seed"],
+        "seq_length": cell["seq"],
+        "micro_batch_size": 1,
+        "global_batch_size": cell["gbs"],
+        "num_train_samples": cell["gbs"] * (cell["total"] + 2),
+        "num_workers": 2,
+        "tokenizer": run.Config(AutoTokenizer, tokenizer, use_fast=True),
+    }
+    if base == "ours":
+        shape = getattr(llm, cls)(vocab_size=vocabulary, **sizes)
+        recipes.set_model(recipe, args, shape, tokenizer)
+    else:
+        for name, value in {"seq_length": cell["seq"], "vocab_size": vocabulary, **sizes}.items():
+            setattr(recipe.model.config, name, value)
+    recipe.data = run.Config(RandomTokens, **data)
+    if kind == "finetune_recipe":
+        recipe.tokenizer = "data"
+    strategy, trainer = recipe.trainer.strategy, recipe.trainer
+    if base == "ours":
+        recipes.set_parallelism(recipe, args)
+        recipes.set_training(recipe, args)
+        recipes.set_precision(recipe, args)
+        dropped = {name[1:] for name in changes if name.startswith("-")}
+        chosen = [setting for setting in performance.settings(args) if setting.name.replace(" ", "_") not in dropped]
+        recipes.set_performance(recipe, args, chosen)
+    else:
+        for size in ("tensor_model", "pipeline_model", "context"):
+            setattr(strategy, f"{size}_parallel_size", 1)
+        strategy.sequence_parallel, strategy.virtual_pipeline_model_parallel_size = False, None
+        strategy.pipeline_dtype = None
+        trainer.max_steps, trainer.val_check_interval = cell["total"], cell["total"]
+        trainer.limit_test_batches = 0
+        scheduler = recipe.optim.lr_scheduler
+        recipe.optim.config.lr, scheduler.min_lr, scheduler.warmup_steps = args.lr, args.min_lr, args.warmup_steps
+    # What is not measured: validation, checkpoints.
+    trainer.limit_val_batches, trainer.num_sanity_val_steps, trainer.enable_checkpointing = 0, 0, False
+    recipe.log.log_dir, recipe.log.ckpt, recipe.log.use_datetime_version = "log", None, False
+    recipe.resume = None
+    if cell["kind"] == "lora":
+        recipe.peft.dim, recipe.peft.alpha = 16, 32
+    for name in changes:
+        if not name.startswith("-"):
+            CHANGES[name](recipe)
+    trainer.callbacks = [*trainer.callbacks, Recorder(steps)]
+    return recipe
+
+
+def settings(recipe):
+    """What of the recipe decides speed and memory, as plain values."""
+    model, adam = recipe.model.config, recipe.optim.config
+    ddp, plugin = getattr(recipe.trainer.strategy, "ddp", None), recipe.trainer.plugins
+    wanted = [
+        (recipe.data, "micro_batch_size global_batch_size seq_length"),
+        (model, "cross_entropy_loss_fusion cross_entropy_fusion_impl gradient_accumulation_fusion"),
+        (model, "recompute_granularity recompute_method recompute_num_layers recompute_modules"),
+        (model, "use_transformer_engine_op_fuser enable_cuda_graph"),
+        (ddp, "overlap_grad_reduce overlap_param_gather average_in_collective check_for_nan_in_grad"),
+        (plugin, "grad_reduce_in_fp32 fp8 fp8_recipe fp8_param_gather first_last_layers_bf16"),
+        (adam, "use_distributed_optimizer use_precision_aware_optimizer store_param_remainders"),
+        (adam, "main_grads_dtype exp_avg_dtype exp_avg_sq_dtype"),
+        (getattr(recipe, "peft", None), "dim alpha"),
+    ]
+    found = {}
+    for node, names in wanted:
+        for name in names.split():
+            value = getattr(node, name, None)
+            if value is not None:
+                found[name] = value if isinstance(value, (bool, int, float, str, list)) else str(value)
+    return found
+
+
+def measure(cell, tokenizer):
+    """Run one cell in this process, in the current folder; return its row."""
+    steps = gpu_measure.Steps(cell["steps"], cell["warmup"], cell["profile"])
+    cell = cell | {"total": steps.total}
+    recipe = build(cell, steps, tokenizer)
+    # NeMo seeds with 1234 whatever is asked: the weights' own seed is the cell's.
+    set_seed = megatron_init._set_random_seed
+    megatron_init._set_random_seed = lambda seed: set_seed(cell["seed"])
+    found = {}
+
+    class Sizes(Callback):
+        def on_train_start(self, trainer, pl_module):
+            shape = pl_module.config
+            weights = list(pl_module.parameters())
+            count = sum(weight.numel() for weight in weights)
+            embedding = 0 if shape.share_embeddings_and_output_weights else shape.vocab_size * shape.hidden_size
+            trained = sum(weight.numel() for weight in weights if weight.requires_grad)
+            found["parameters"], found["trained"] = count, trained
+            products = count - embedding
+            found["flops"] = gpu_measure.flops_a_token(
+                products, products if trained == count else trained, shape.num_layers, shape.hidden_size, cell["seq"]
+            )
+            found["micro_batch_size"] = recipe.data.micro_batch_size
+            found["settings"] = settings(recipe)
+
+    recipe.trainer.callbacks = [*recipe.trainer.callbacks, Sizes()]
+    fdl.build(recipe)()
+    tokens = cell["gbs"] * cell["seq"]
+    if COUNTED:  # only what is no padding counts
+        every, real = (sum(int(pair[i]) for pair in COUNTED) for i in (0, 1))
+        tokens = real // steps.total
+        found["padding"] = round(1 - real / every, 4)
+    return found | steps.result(tokens, found["flops"])

@@ -1,0 +1,48 @@
+"""What makes a run fast, as a table: which settings `--performance auto` makes in NeMo's recipe, when, and why.
+
+Plain data and the standard library, so that a dry run can say it. `recipes.set_performance` writes it into the recipe;
+`--performance off` leaves NeMo's own settings. benchmarks/README.md has what each is worth, and what did not help.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from nemo_tutorial import preflight
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One change to a recipe."""
+
+    name: str
+    why: str
+    values: dict  # path in the recipe -> value; a path that this NeMo's recipe lacks is left out
+    when: Callable  # of the flags: does it apply?
+
+
+SETTINGS = [
+    Setting(
+        "loss",
+        "cross entropy of Transformer Engine: no copies of the logits in float32",
+        {"model.config.cross_entropy_loss_fusion": True, "model.config.cross_entropy_fusion_impl": "te"},
+        lambda args: True,
+    ),
+    Setting(
+        "one replica",
+        "nothing to overlap or to average with one data-parallel replica; NaN is looked for once a step, not a bucket",
+        {
+            "trainer.strategy.ddp.overlap_grad_reduce": False,
+            "trainer.strategy.ddp.overlap_param_gather": False,
+            "trainer.strategy.ddp.average_in_collective": False,
+        },
+        lambda args: preflight.data_parallel_size(args) == 1,
+    ),
+]
+
+
+def settings(args):
+    """The settings that `--performance auto` makes for these flags, the hardware's filled in."""
+    # The fast kernels are Transformer Engine's: on a GPU only, and not in fp32, which is for comparing.
+    if args.performance == "off" or args.accelerator == "cpu" or args.precision == "fp32":
+        return []
+    return [setting for setting in SETTINGS if setting.when(args)]

@@ -1,0 +1,68 @@
+"""Which settings of speed a run gets, and that they reach NeMo's recipe."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from nemo_tutorial import performance
+
+GPU = {
+    "accelerator": "gpu",
+    "performance": "auto",
+    "precision": "bf16",
+    "peft": None,
+    "num_nodes": 1,
+    "num_gpus": 1,
+    "tensor_model_parallel_size": 1,
+    "pipeline_model_parallel_size": 1,
+    "context_parallel_size": 1,
+}
+
+
+def names(**flags):
+    return {setting.name for setting in performance.settings(SimpleNamespace(**{**GPU, **flags}))}
+
+
+@pytest.mark.parametrize("flags", [{"performance": "off"}, {"accelerator": "cpu"}, {"precision": "fp32"}], ids=str)
+def test_nemos_own_settings_stay(flags):
+    assert names(**flags) == set()
+
+
+def test_one_replica_overlaps_nothing():
+    assert "one replica" in names() and "one replica" in names(num_gpus=4, tensor_model_parallel_size=4)
+    assert "one replica" not in names(num_gpus=8)
+
+
+def test_each_setting_says_why_and_has_values():
+    assert len({setting.name for setting in performance.SETTINGS}) == len(performance.SETTINGS)
+    for setting in performance.SETTINGS:
+        assert len(setting.why) > 20 and setting.values
+
+
+@pytest.mark.nemo
+@pytest.mark.parametrize("kind", ["pretrain_recipe", "finetune_recipe"])
+def test_they_reach_the_recipe(kind):
+    """Every value is in NeMo's recipe, unless that has no such part (a finetuning recipe says nothing of DDP)."""
+    from nemo_tutorial import recipes
+
+    args = SimpleNamespace(**GPU | {"accelerator": "gpu", "experiment": "x"})
+    recipe = recipes.start("llama32_1b", kind, args)
+    stock = recipe.trainer.strategy.ddp.overlap_grad_reduce if kind == "pretrain_recipe" else None
+    recipes.set_performance(recipe, args)
+    assert recipe.model.config.cross_entropy_loss_fusion is True
+    assert recipe.model.config.cross_entropy_fusion_impl == "te"
+    if kind == "pretrain_recipe":
+        ddp = recipe.trainer.strategy.ddp
+        assert stock is True and ddp.check_for_nan_in_grad is True
+        assert (ddp.overlap_grad_reduce, ddp.overlap_param_gather, ddp.average_in_collective) == (False,) * 3
+
+
+@pytest.mark.nemo
+def test_off_leaves_the_recipe_as_it_was():
+    from nemo_tutorial import recipes
+
+    args = SimpleNamespace(**GPU | {"performance": "off", "experiment": "x"})
+    recipe = recipes.start("llama32_1b", "pretrain_recipe", args)
+    before = recipes.as_text(recipe)
+    recipes.set_performance(recipe, args)
+    assert recipes.as_text(recipe) == before
