@@ -11,9 +11,10 @@ fi
 command -v nvidia-smi >/dev/null || marks="($marks) and not gpu"
 "$PYTHON" -m ruff --version >/dev/null 2>&1 && "$PYTHON" -m ruff check .
 [ $# -gt 0 ] && exec "$PYTHON" -m pytest -m "$marks" "$@"
-# First what takes seconds, then the rest in two processes: most of a test is an import of NeMo, which uses one core.
-"$PYTHON" -m pytest -q -m "($marks) and not nemo"
+# In two processes, as most of a test is an import of NeMo, which uses one core; first what does without NeMo.
 two=""
 "$PYTHON" -c "import xdist" 2>/dev/null && two="-n 2 --dist loadfile"
+# shellcheck disable=SC2086
+"$PYTHON" -m pytest -q -m "($marks) and not nemo" $two
 # shellcheck disable=SC2086
 exec "$PYTHON" -m pytest -m "($marks) and nemo" $two --durations=10
