@@ -41,9 +41,7 @@ def without_gpu(hf, nemo, again):
     began = time.monotonic()
     stored = weights.Megatron(nemo)
     model, _ = conversion.exporter(nemo).nemo_load(nemo)
-    loaded = {
-        conversion._nemo_name(name, models.from_nemo(nemo)): parameter for name, parameter in model.named_parameters()
-    }
+    loaded = conversion.nemo_parameters(model)
     assert loaded.keys() == stored.meta.keys(), loaded.keys() ^ stored.meta.keys()
     other = [name for name in loaded if not loaded[name].detach().equal(stored[name])]
     kinds = {type(layer).__module__ for layer in model.modules() if "Linear" in type(layer).__name__}

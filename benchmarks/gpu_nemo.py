@@ -424,7 +424,9 @@ def measure(cell, tokenizer):
     found = {}
 
     class Sizes(Callback):
-        def on_train_start(self, trainer, pl_module):
+        def on_train_batch_end(self, trainer, pl_module, *args):  # before the first step there is no adapter yet
+            if found:
+                return
             shape = pl_module.config
             weights = list(pl_module.parameters())
             count = sum(weight.numel() for weight in weights)
