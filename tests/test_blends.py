@@ -218,6 +218,7 @@ class Tokenizer:
 
 def build(blend, args, folder):
     """The data module that a rank would build, of NeMo, with Megatron's datasets."""
+    from megatron.core import parallel_state
     from nemo.collections import llm
     from torch import distributed
 
@@ -231,6 +232,9 @@ def build(blend, args, folder):
         tokenizer=Tokenizer(),
         index_mapping_dir=str(folder),
     )
+    if distributed.is_initialized():  # a test of another file has loaded a model in this process
+        parallel_state.destroy_model_parallel()
+        distributed.destroy_process_group()
     distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
     try:
         data.build(args.max_steps, args.val_check_interval, args.limit_val_batches, 0)
