@@ -45,7 +45,7 @@ def describe_memory(args, model):
         ("reserve", f"{gib(estimate.reserve)} for CUDA" + (", NCCL" if args.num_nodes * args.num_gpus > 1 else "")),
         (
             "together",
-            f"{gib(estimate.total)} of {limit:.0f} GiB ({source}): "
+            f"{gib(estimate.total)} of {limit:.3g} GiB ({source}): "
             + ("fits" if fits else "DOES NOT FIT")
             + (f"; the fullest is pipeline stage {estimate.stage + 1} of {stages}" if stages > 1 else ""),
         ),
