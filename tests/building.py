@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -23,17 +24,16 @@ class Refused(Exception):
 @pytest.fixture(scope="session")
 def tuned_stages(stages, write_rows):
     """The stages' folder with 64 rows, a mixture of experts, and a model with another tokenizer."""
-    from conftest import script
-
-    if not (stages / "rows").exists():
-        write_rows(stages / "rows", 64, 64)
-    if not (stages / "hf_model/other").exists():
-        script(stages, "data/make_tiny_model.py", "--output_path", "hf_model/other", "--vocab_size", 1024)
-        script(stages, "data/make_tiny_model.py", "--output_path", "hf_model/experts")
-        config = json.loads((stages / "hf_model/experts/config.json").read_text())
-        config |= {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "num_local_experts": 4}
-        config |= {"num_experts_per_tok": 2, "sliding_window": None}
-        (stages / "hf_model/experts/config.json").write_text(json.dumps(config))
+    write_rows(stages / "rows", 64, 64)
+    for name in ("other", "experts"):
+        shutil.copytree(stages / "hf_model/tiny", stages / "hf_model" / name)
+    tokenizer = json.loads((stages / "hf_model/other/tokenizer.json").read_text(encoding="utf-8"))
+    tokenizer["truncation"] = {"max_length": 9}
+    (stages / "hf_model/other/tokenizer.json").write_text(json.dumps(tokenizer))
+    config = json.loads((stages / "hf_model/experts/config.json").read_text())
+    config |= {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "num_local_experts": 4}
+    config |= {"num_experts_per_tok": 2, "sliding_window": None}
+    (stages / "hf_model/experts/config.json").write_text(json.dumps(config))
     return stages
 
 
