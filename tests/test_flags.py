@@ -64,7 +64,7 @@ COMMON = {
     "--seed": ("--seed 7", lambda r: r.recipe.data.seed == hook(r.recipe, "Seed").seed == 7),
     "--num_workers": ("--num_workers 9", lambda r: r.recipe.data.num_workers == 9),
     "--precision": ("--precision fp32", lambda r: r.recipe.trainer.plugins.precision == "32"),
-    "--fp8": ("--fp8", lambda r: r.recipe.trainer.plugins.fp8_recipe == "delayed"),
+    "--fp8": ("--fp8", lambda r: r.recipe.trainer.plugins.fp8 == "hybrid"),
     "--fp8_recipe": ("--fp8 --fp8_recipe mxfp8", lambda r: r.recipe.trainer.plugins.fp8_recipe == "mxfp8"),
     "--performance": ("--performance off", lambda r: "te" != getattr(r.recipe.model.config, IMPL, "native")),
     "--gpu_memory": ("--gpu_memory 0.5", lambda r: "DOES NOT FIT" in r.said.out and "(--gpu_memory)" in r.said.out),
