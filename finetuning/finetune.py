@@ -150,6 +150,7 @@ def describe(args, model, source, rows, data):
         terminal.describe(
             "data, before the rows are prepared",
             [
+                ("from", args.dataset_path),
                 ("rows", f"{rows['training']:,} training, {rows['validation']:,} validation"),
                 ("tokens", f"about {terminal.number(round(size))}, {instructions.BYTES_A_TOKEN} bytes each"),
                 ("packing", "on" if args.packing else "off"),
@@ -173,6 +174,7 @@ def describe(args, model, source, rows, data):
     terminal.describe(
         "data",
         [
+            ("from", args.dataset_path),
             ("rows", f"{training['rows']:,} training, {validation['rows']:,} validation"),
             ("tokens", f"{training['tokens']:,}, {training['loss'] / training['tokens']:.1%} with loss"),
             ("longest row", f"{training['longest']} of {args.seq_length} tokens"),

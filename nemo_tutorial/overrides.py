@@ -5,8 +5,10 @@ NeMo-Run's parser once there is a recipe. In both cases the last one wins.
 """
 
 import difflib
+import importlib.util
 import inspect
 import re
+from pathlib import Path
 
 ROOTS = ("model", "trainer", "data", "optim", "log", "resume", "peft", "tokenizer")
 WORD = re.compile(r"([A-Za-z_]\w*(?:\.\w+|\[\w+\])*)\s*(=|\+=|-=|\*=|/=|\|=|&=)\s*(.+)", re.DOTALL)
@@ -48,6 +50,22 @@ FLAGS = {
         "sequence_parallel",
     )
 }
+# Where the names of a place in the recipe are written, by package and file: read, not imported, so that most misspelt
+# keys are found at once. What is in none of these is found once there is a recipe.
+SOURCES = {
+    "trainer": [("lightning", "pytorch/trainer/trainer.py")],
+    "trainer.strategy.ddp": [("megatron", "core/distributed/distributed_data_parallel_config.py")],
+    "optim.config": [("megatron", "core/optimizer/optimizer_config.py")],
+    "model.config": [
+        ("megatron", "core/transformer/transformer_config.py"),
+        ("megatron", "core/model_parallel_config.py"),
+        ("nemo", "collections/llm/gpt/model/*.py"),
+    ],
+    "log.ckpt": [
+        ("lightning", "pytorch/callbacks/model_checkpoint.py"),
+        ("nemo", "lightning/pytorch/callbacks/model_checkpoint.py"),
+    ],
+}
 # What says which model and data these are, where the run lies and how it goes on: decided before there is a recipe.
 FIXED = ("model.tokenizer", "data.paths", "data.dataset_root", "data.tokenizer", "log.log_dir", "resume", "tokenizer")
 
@@ -84,6 +102,7 @@ def as_flags(words, flags):
             problems.append(f"{word}: that is decided by the flags, before there is a recipe; leave it out")
         elif FLAGS.get(key) not in flags:
             others.append(word)
+            problems += _unknown(word, key)
         elif operation != "=":
             problems.append(f"{word}: {key} is set by --{FLAGS[key]}; write --{FLAGS[key]} with its new value")
         elif FLAGS[key] == "sequence_parallel":
@@ -93,6 +112,26 @@ def as_flags(words, flags):
         else:
             found += [f"--{FLAGS[key]}", value]
     return found, others, problems
+
+
+def _unknown(word, key):
+    """A problem, if NeMo's sources are here and none of those for a key's place has its last name."""
+    place, _, name = key.rpartition(".")
+    names = set()
+    for package, pattern in SOURCES.get(place, ()):
+        spec = importlib.util.find_spec(package)
+        files = [
+            file for root in (spec.submodule_search_locations if spec else ()) for file in Path(root).glob(pattern)
+        ]
+        if not files:
+            return []
+        for file in files:
+            names |= set(re.findall(r"^(?: {4}| {8})(\w+) ?:", file.read_text(encoding="utf-8"), re.MULTILINE))
+    name = re.split(r"\[", name)[0]
+    if not names or name in names:
+        return []
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    return [f"{word}: {place} has no {name}" + (f"; did you mean {place}.{near[0]}?" if near else "")]
 
 
 def apply(recipe, words):

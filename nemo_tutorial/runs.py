@@ -297,7 +297,8 @@ def describe(args, model, source, tokens_a_step=None):
             (
                 "where",
                 f"{args.executor}, {args.num_nodes} x {args.num_gpus} "
-                + ("GPUs" if args.accelerator == "gpu" else "processes without a GPU (no-GPU mode)"),
+                + ("GPUs" if args.accelerator == "gpu" else "processes without a GPU (no-GPU mode)")
+                + (f", {_job(args)}" if args.executor == "slurm" else ""),
             ),
             (
                 "parallel",
@@ -332,6 +333,12 @@ def describe(args, model, source, tokens_a_step=None):
         ],
     )
     plan.describe_memory(args, model)
+
+
+def _job(args):
+    """What a Slurm job is submitted with."""
+    named = {"account": args.account, "partition": args.partition, "container": args.container_image}
+    return ", ".join([*(f"{name} {value}" for name, value in named.items() if value), f"at most {args.time}"])
 
 
 def start(args, stage, source, build_recipe, prepare=None):

@@ -93,6 +93,11 @@ def test_what_is_an_override_and_what_a_value(parse):
         ("optimizer.config.lr=5", "did you mean optim.config.lr?"),
         ("trainer.max_steps*=2", "trainer.max_steps is set by --max_steps; write --max_steps with its new value"),
         ("trainer.max_steps=many", "argument --max_steps: 'many' is not a whole number above 0"),
+        ("trainer.log_every_n_step=5", "did you mean trainer.log_every_n_steps?"),
+        ("optim.config.weightdecay=0.1", "did you mean optim.config.weight_decay?"),
+        ("model.config.hidden_dropuot=0.1", "did you mean model.config.hidden_dropout?"),
+        ("trainer.strategy.ddp.bucketsize=9", "did you mean trainer.strategy.ddp.bucket_size?"),
+        ("log.ckpt.save_weights=True", "log.ckpt has no save_weights"),
         ("data.paths=x", "decided by the flags"),
         ("model.tokenizer.use_fast=False", "decided by the flags"),
     ],
@@ -130,10 +135,8 @@ def test_changes_of_the_recipe(build):
 @pytest.mark.parametrize(
     "word, message",
     [
-        ("trainer.log_every_n_step=5", "did you mean trainer.log_every_n_steps?"),
-        ("optim.config.weightdecay=0.1", "did you mean optim.config.weight_decay?"),
         ("trainer.strategy.ckpt_async_sav=False", "did you mean trainer.strategy.ckpt_async_save?"),
-        ("model.config.hidden_dropuot=0.1", "did you mean model.config.hidden_dropout?"),
+        ("optim.lr_schedulr.x=0.1", "did you mean optim.lr_scheduler?"),
         ("trainer.callbacks[9].x=1", "trainer.callbacks has no [9]"),
         ("trainer.max_epochs.x=1", "which has no x"),
         ("trainer.log_every_n_steps=often", "trainer.log_every_n_steps=often"),
@@ -148,8 +151,8 @@ def test_misspelt_changes(build, word, message, capsys):
 @pytest.mark.nemo
 def test_all_misspelt_changes_at_once(build):
     with pytest.raises(ValueError) as error:
-        build("pretrain", "trainer.benchmrk=True optim.config.weightdecay=0.1")
-    assert "trainer.benchmark?" in str(error.value) and "optim.config.weight_decay?" in str(error.value)
+        build("pretrain", "trainer.strategy.ckpt_async_sav=False optim.confg.weight_decay=0.1")
+    assert "trainer.strategy.ckpt_async_save?" in str(error.value) and "optim.config?" in str(error.value)
 
 
 @pytest.mark.nemo
