@@ -13,9 +13,12 @@ from nemo_tutorial import (
     checkpoints,
     hub,
     megatron_data,
+    metrics,
     models,
     performance,
     preflight,
+    questions,
+    report,
     schedule,
     terminal,
     tokenization,
@@ -103,13 +106,9 @@ def _stage(checkpoint, history):
     data, peft = flags.get("dataset_path"), flags.get("peft")
     data = data if isinstance(data, list) else [data] if data else []
     values = {}
-    try:
-        for line in (run / "record" / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
-            line = json.loads(line)
-            if line["step"] == step:  # the last such line: a run that went on may have done a step again
-                values |= line
-    except (OSError, ValueError, KeyError):
-        pass
+    for lines in metrics.steps(metrics.read(run)):
+        for line in lines:
+            values |= line if line["step"] == step else {}
     scratch = not history.get("restored_from") and flags.get("hf_model_id")
     return {
         "stage": history.get("stage", "training") + (f" ({peft})" if peft else ""),
@@ -131,7 +130,7 @@ def _public(path):
 def hardware_problems(args):
     """Fill in the accelerator, GPUs and sequence parallelism; check them and how the job is started."""
     problems = preflight.fill_hardware(args)
-    problems += preflight.layout_problems(args) + preflight.execution_problems(args)
+    problems += preflight.layout_problems(args) + preflight.execution_problems(args) + questions.problems(args)
     if args.sequence_parallel is None:
         args.sequence_parallel = args.tensor_model_parallel_size > 1
     return problems
@@ -258,6 +257,8 @@ def schedule_problems(args):
         args.warmup_steps = schedule.warmup_steps(args.max_steps)
     if args.val_check_interval is None:
         args.val_check_interval = args.exit_interval or max(1, args.max_steps // 5)
+    if args.log_interval is None:
+        args.log_interval = max(1, min(10, args.max_steps // 100))
     problems = preflight.schedule_problems(args)
     done = checkpoints.latest(folder(args))
     if done and checkpoints.step(done) >= args.max_steps:
@@ -354,13 +355,22 @@ def start(args, stage, source, build_recipe, prepare=None):
             terminal.fail([f"before the launch: {error}"], code=1)
     run = folder(args)
     (run / "record").mkdir(parents=True, exist_ok=True)
+    if args.generate_prompts:
+        try:
+            questions.write(args, stage, run, source.tokenizer_folder())
+        except ValueError as error:
+            terminal.fail([str(error)])
     history = record(run)
     kept = {name: value for name, value in vars(args).items() if not name.endswith("_token")}
     history = {
         "stage": stage,
         "restored_from": history.get("restored_from", str(source.restore_from) if source.restore_from else None),
-        "starts": [*history.get("starts", []), {"flags": kept, "versions": compat.versions()}],
+        "starts": [
+            *history.get("starts", []),
+            {"flags": kept, "versions": compat.versions(), "command": report.command(), "began": time.time()},
+        ],
     }
+    (run / "record" / "recipe.yaml").write_text(recipes.as_text(recipe), encoding="utf-8")
     partial = run / "record" / ".run.json.partial"
     partial.write_text(json.dumps(history, indent=1, ensure_ascii=False), encoding="utf-8")
     os.replace(partial, run / "record" / "run.json")
@@ -370,6 +380,9 @@ def start(args, stage, source, build_recipe, prepare=None):
         code, lines = _check_end(args, source, last)
     rows = [("result", {0: "done", 1: "failed", 130: "interrupted"}[code])]
     rows += [("", line) for line in lines]
+    if args.executor == "local":
+        report.write(run, rows[0][1])
+        rows.append(("report", run / "report.html"))
     rows += [("last checkpoint", last or "none complete"), ("seconds", f"{time.monotonic() - began:.0f}")]
     terminal.describe(f"{stage} in {run}", rows)
     # Not sys.exit: threads of NeMo-Run and of the loggers may still wait for a job that is gone.

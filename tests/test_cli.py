@@ -22,7 +22,8 @@ TRAINING = """
     --performance
     -T --tensor_model_parallel_size -P --pipeline_model_parallel_size -C --context_parallel_size
     --expert_model_parallel_size --sequence_parallel --no_sequence_parallel -D --dataset_path
-    --wandb --wandb_project --wandb_name --wandb_token
+    --log_interval --generate_prompts --generate_tokens
+    --wandb --wandb_project --wandb_name --wandb_token --mlflow
 """
 # Frozen: a flag may be added here, never taken away or renamed.
 FLAGS = {
