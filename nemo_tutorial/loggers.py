@@ -58,7 +58,9 @@ class MLflow(MLFlowLogger):
         # MLflow's own are seven tries that wait longer each time, and two minutes for each.
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", str(SECONDS))
-        super().__init__(*args, **kwargs)
+        # MLflow 3 refuses a plain folder otherwise: it would rather have a database, which mlflow-skinny can't.
+        os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
+        attempt(self, "--mlflow", super().__init__, *args, **kwargs)
 
     @property
     def experiment(self):
@@ -74,15 +76,16 @@ class MLflow(MLFlowLogger):
         attempt(self, "--mlflow", super().finalize, status)
 
 
-def attempt(logger, flag, call, *args):
+def attempt(logger, flag, call, *args, **kwargs):
     """Call a logger's method; after an error, which is said, never again."""
     if logger.failed:
         return None
     try:
-        return call(*args)
+        return call(*args, **kwargs)
     except Exception as error:  # a logger's trouble of any kind must not end the training
         logger.failed = True
-        warn(f"{flag}: {first_line(error)}; no more is logged there, training goes on")
+        if rank_zero_only.rank == 0:
+            warn(f"{flag}: {first_line(error)}; no more is logged there, training goes on")
         return None
 
 

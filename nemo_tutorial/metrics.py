@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import statistics
 from pathlib import Path
 
 
@@ -68,8 +67,8 @@ def perplexity(loss):
 
 def median(lines, name):
     """The median of a value over the steps, the first of the run left out if there are others: it warms up."""
-    values = [line[name] for line in (lines[1:] or lines) if name in line]
-    return statistics.median(values) if values else None
+    values = sorted(line[name] for line in (lines[1:] or lines) if name in line)
+    return (values[len(values) // 2] + values[(len(values) - 1) // 2]) / 2 if values else None
 
 
 def duration(seconds):

@@ -32,7 +32,7 @@ p { margin: 0 0 8px; } .dim { color: var(--dim); } .small { font-size: 13px; }
 .badge { display: inline-block; padding: 1px 10px; border-radius: 99px; font-size: 13px; font-weight: 600;
   border: 1px solid currentColor; vertical-align: 4px; margin-left: 8px; }
 .good { color: var(--good); } .bad { color: var(--bad); }
-.tiles { display: grid; grid-template-columns: repeat(auto-fill, minmax(168px, 1fr)); gap: 12px; margin-top: 20px; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fill, minmax(196px, 1fr)); gap: 12px; margin-top: 20px; }
 .tile, .card { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 12px 14px; }
 .tile b { display: block; font-size: 21px; line-height: 1.3; font-weight: 650; font-variant-numeric: tabular-nums; }
 .tile span { font-size: 13px; color: var(--dim); }
@@ -62,11 +62,11 @@ svg * { vector-effect: non-scaling-stroke; fill: none; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; vertical-align: top; padding: 5px 14px 5px 0; border-top: 1px solid var(--line); }
 tr:first-child > * { border-top: 0; } th { font-weight: 500; color: var(--dim); width: 1%; white-space: nowrap; }
-thead th { white-space: normal; }
+.facts th { white-space: normal; overflow-wrap: normal; min-width: 110px; max-width: 45vw; }
 .scroll { overflow-x: auto; } .numbers th, .numbers td { width: auto; white-space: nowrap; }
 .flags { columns: 2; column-gap: 28px; } .flags div { display: flex; justify-content: space-between; gap: 12px;
   border-bottom: 1px solid var(--line); padding: 4px 0; break-inside: avoid; }
-.flags span { color: var(--dim); flex: none; max-width: 60%; } .flags b { font-weight: 500; text-align: right; }
+.flags span { color: var(--dim); flex: none; max-width: 75%; } .flags b { font-weight: 500; text-align: right; }
 ol.chain { list-style: none; margin: 0; padding: 0; display: grid; gap: 26px; }
 ol.chain li { position: relative; } ol.chain li + li::before { content: "↓"; position: absolute; top: -25px; left: 14px;
   color: var(--dim); }
@@ -81,7 +81,7 @@ details { margin-top: 10px; } summary { cursor: pointer; color: var(--dim); }
 details > *:not(summary) { margin-top: 10px; }
 @media (max-width: 720px) { main { padding: 16px 12px 32px; } .charts, .talk { grid-template-columns: minmax(0, 1fr); }
   .flags { columns: 1; } .tiles { grid-template-columns: 1fr 1fr; gap: 8px; } h1 { font-size: 21px; }
-  .tile b { font-size: 18px; } .facts th { white-space: normal; min-width: 92px; } }
+  .tile b { font-size: 18px; } }
 """
 SCRIPT = """
 for (const area of document.querySelectorAll('.area')) {
@@ -160,10 +160,11 @@ def smooth(points):
     return [(step, statistics.fmean(values[max(0, i - half) : i + half + 1])) for i, (step, _) in enumerate(points)]
 
 
-def chart(title, curves, form="{:.4g}", zero=False, wide=False, note=None, log=False):
+def chart(title, curves, form="{:.4g}", zero=False, wide=False, log=False, noisy=True):
     """One card with curves: `curves` is [(name, [(step, value), ...], number of its colour, dots?), ...].
 
-    `zero` begins the axis at 0; `log` is for values of many sizes. "" if no curve has a point.
+    `zero` begins the axis at 0; `log` is for values of many sizes; of `noisy` values the mean is drawn over them.
+    "" if no curve has a point.
     """
     curves = [
         (name, [(step, value) for step, value in points if value is not None and math.isfinite(value)], colour, dots)
@@ -203,7 +204,7 @@ def chart(title, curves, form="{:.4g}", zero=False, wide=False, note=None, log=F
     for name, points, colour, dots in curves:
         kept = thin(points)
         line = "M" + "L".join(f"{x(step)} {y(value)}" for step, value in kept)
-        if len(points) >= 100 and not dots:
+        if noisy and len(points) >= 100 and not dots:
             even = thin(smooth(points))
             drawn += f'<path class="raw" style="--c:var(--c{colour})" d="{line}"/>'
             line = "M" + "L".join(f"{x(step)} {y(value)}" for step, value in even)
@@ -221,10 +222,9 @@ def chart(title, curves, form="{:.4g}", zero=False, wide=False, note=None, log=F
     axis = "".join(f'<span style="left:{x(step) / 10}%">{int(step):,}</span>' for step in at)
     data = html.escape(json.dumps({"first": first, "last": last, "curves": hover}), quote=True)
     ys = "".join(f'<span style="top:{place}%">{text(name)}</span>' for place, name in zip(places, names))
-    words = f'<span class="small dim">{text(note)}</span>' if note else ""
     return (
         f'<figure class="card{" wide" if wide else ""}" style="margin:0{";--height:260px" if wide else ""}">'
-        f'<div class="head"><h3>{text(title)}</h3>{"".join(keys) if len(keys) > 1 else ""}{words}</div>'
+        f'<div class="head"><h3>{text(title)}</h3>{"".join(keys) if len(keys) > 1 else ""}</div>'
         f'<div class="plot"><div class="y"><em>{text(widest)}</em>{ys}</div>'
         f'<div class="area" data-values="{data}"><svg viewBox="0 0 1000 1000" preserveAspectRatio="none" role="img" '
         f'aria-label="{text(title)}">{drawn}</svg><div class="cursor"></div><div class="tip"></div></div>'
@@ -240,7 +240,7 @@ def points(lines, name):
 def uneven(lines, name):
     """Whether a value takes sizes so different that a linear axis would hide most of it."""
     values = [line[name] for line in lines if line.get(name, 0) > 0 and math.isfinite(line[name])]
-    return bool(values) and max(values) > 30 * statistics.median(values)
+    return bool(values) and max(values) > 10 * statistics.median(values)
 
 
 def charts(training, validation):
@@ -253,7 +253,13 @@ def charts(training, validation):
             [("training", points(training, "loss"), 0, False), ("validation", points(validation, "val_loss"), 1, True)],
             wide=True,
         ),
-        chart("Learning rate", [("learning rate", points(training, "learning_rate"), 0, False)], "{:.3g}", zero=True),
+        chart(
+            "Learning rate",
+            [("learning rate", points(training, "learning_rate"), 0, False)],
+            "{:.3g}",
+            zero=True,
+            noisy=False,
+        ),
         chart(
             "Gradient norm",
             [("gradient norm", points(training, "grad_norm"), 0, False)],
@@ -266,9 +272,7 @@ def charts(training, validation):
             "{:,.0f}",
             zero=True,
         ),
-        chart("TFLOP/s a GPU", [("TFLOP/s", points(warm, "tflops_per_gpu"), 2, False)], zero=True),
-        chart("Memory (GB)", [("memory", points(training, "memory_gb"), 3, False)], zero=True),
-        chart("Seconds a step", [("seconds", points(warm, "seconds"), 2, False)], zero=True),
+        chart("Memory (GB)", [("memory", points(training, "memory_gb"), 3, False)], zero=True, noisy=False),
     ]
     return "".join(drawn)
 
@@ -301,7 +305,7 @@ def tiles(found):
         (number(found["memory_gb_peak"], "{:.1f} GB"), "memory, peak" if found["mfu"] else "memory"),
         (metrics.duration(found["training_seconds"]), "in training steps"),
     ]
-    return '<div class="tiles">' + "".join(tile(*one) for one in shown) + "</div>"
+    return '<div class="tiles">' + "".join(tile(*one) for one in shown if one[0] != "–") + "</div>"
 
 
 def facts(rows):
@@ -311,8 +315,9 @@ def facts(rows):
     return f'<table class="facts">{body}</table>' if rows else ""
 
 
-def lineage(chain):
-    """Where the weights and the data come from, first things first."""
+def lineage(chain, checkpoint):
+    """Where the weights and the data come from, first things first; last, this run with its last checkpoint."""
+    chain = [*chain[:-1], {**chain[-1], "rows": [*chain[-1]["rows"], ("last checkpoint", checkpoint)]}] if chain else []
     items = "".join(f'<li class="card"><h3>{text(one["title"])}</h3>{facts(one["rows"])}</li>' for one in chain)
     return f'<ol class="chain">{items}</ol>'
 
@@ -356,11 +361,15 @@ def talks(samples):
 def flags(found):
     """The resolved configuration: every flag that has a value."""
     shown = {n: v for n, v in found["flags"].items() if v not in (None, False, "") and not n.startswith("_")}
-    rows = "".join(
-        f"<div><span>{text(name)}</span><b>{text(' '.join(map(str, v)) if isinstance(v, list) else v)}</b></div>"
-        for name, v in shown.items()
-    )
+    rows = "".join(f"<div><span>{text(name)}</span><b>{text(plain(v))}</b></div>" for name, v in shown.items())
     return f'<div class="card flags">{rows}</div>'
+
+
+def plain(value):
+    """A flag's value as it could be typed."""
+    if isinstance(value, list):
+        return " ".join(map(str, value))
+    return f"{value:.10g}" if isinstance(value, float) else value
 
 
 def validations(lines):
@@ -375,6 +384,11 @@ def validations(lines):
     return f"<details><summary>Validations in numbers</summary><div class='card scroll'>{table}</div></details>"
 
 
+def broken(command):
+    """A command with each flag on a line of its own, to read and to copy."""
+    return command.replace(" --", " \\\n    --")
+
+
 def moment(seconds):
     """Seconds since 1970 as a date and time in UTC."""
     return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(seconds)) if seconds else None
@@ -385,6 +399,8 @@ def run(found, training, validation, samples, recipe):
     good = found["result"] == "done"
     colour = "good" if good else "bad"
     where = f"{found['gpus']} × {found['device']}" if found["device"] else None
+    if found["device"] == "CPU":
+        where = f"{found['gpus']} process{'es' if found['gpus'] > 1 else ''} without a GPU"
     when = f"{moment(found['began']) or '?'} – {moment(found['ended'])}"
     about = " · ".join(str(part) for part in (found["stage"], where, when) if part)
     body = [
@@ -394,11 +410,11 @@ def run(found, training, validation, samples, recipe):
         f'<h2>Curves</h2><div class="charts">{charts(training, validation)}</div>' if training else "",
         validations(validation) if validation else "",
         talks(samples),
-        f"<h2>Where it comes from</h2>{lineage(found['lineage'])}",
+        f"<h2>Where it comes from</h2>{lineage(found['lineage'], found['last_checkpoint'])}",
         f"<h2>Configuration</h2>{flags(found)}",
         f"<details><summary>The whole NeMo recipe</summary><pre>{text(recipe)}</pre></details>" if recipe else "",
         "<h2>To do it again</h2>",
-        *(f"<pre>{text(command)}</pre>" for command in found["commands"]),
+        *(f"<pre>{text(broken(command))}</pre>" for command in found["commands"]),
         f'<div class="card">{facts(found["versions"].items())}</div>',
         f'<p class="small dim" style="margin-top:16px">{text(counting(found))}</p>',
     ]
@@ -442,7 +458,7 @@ def comparison(found, curves, table, different):
         '<h2>Curves</h2><div class="charts">',
         over("Training loss (nats a token)", 0, "loss", wide=True),
         over("Validation loss", 1, "val_loss"),
-        over("Learning rate", 0, "learning_rate", zero=True),
+        over("Learning rate", 0, "learning_rate", zero=True, noisy=False),
         over("Gradient norm", 0, "grad_norm", log=any(uneven(t, "grad_norm") for _, t, _, _ in many)),
         over("Throughput (tokens a second and GPU)", 0, "tokens_per_second_per_gpu", form="{:,.0f}", zero=True),
         "</div>",

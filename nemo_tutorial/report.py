@@ -18,7 +18,7 @@ import sys
 import time
 from pathlib import Path
 
-from nemo_tutorial import arguments, checkpoints, megatron_data, metrics, page, terminal
+from nemo_tutorial import arguments, checkpoints, megatron_data, metrics, terminal
 
 ROOT = Path(__file__).resolve().parents[1]
 TOKENS = ("--hf_token", "--wandb_token")
@@ -107,9 +107,15 @@ def inputs(made):
 
 
 def lineage(run, history):
-    """How this run's weights came about: [{"title", "rows": [(name, value), ...]}, ...], first things first."""
+    """How this run's weights came about: [{"title", "rows": [(name, value), ...]}, ...], first things first.
+
+    Found once, when the run starts, and kept in record/lineage.json: later, what it came from may be gone.
+    """
     from nemo_tutorial import runs
 
+    kept = Path(run) / "record" / "lineage.json"
+    if kept.is_file():
+        return read(kept, [])
     flags = (history.get("starts") or [{}])[-1].get("flags", {})
     before, chain = history.get("restored_from"), []
     if before:
@@ -132,11 +138,15 @@ def lineage(run, history):
     elif flags.get("hf_model_id"):
         chain.append({"title": "random weights", "rows": [("shape and tokenizer", flags["hf_model_id"])]})
     peft = f" ({flags['peft']})" if flags.get("peft") else ""
-    last = checkpoints.latest(run)
     rows = [("run", Path(run).name), *(("data", name + (f": {value}" if value else "")) for name, value in data(flags))]
-    rows += [("last checkpoint", last.name if last else None)]
     chain.append({"title": history.get("stage", "training") + peft, "rows": rows})
     return chain
+
+
+def keep_lineage(run, history):
+    """Write record/lineage.json, when a run starts for the first time."""
+    if not (run / "record" / "lineage.json").is_file():
+        _publish(run / "record" / "lineage.json", json.dumps(lineage(run, history), ensure_ascii=False, indent=1))
 
 
 def summary(run, result=None):
@@ -185,7 +195,9 @@ def summary(run, result=None):
     found["commands"] = list(dict.fromkeys(start["command"] for start in starts if start.get("command")))
     found["versions"] = starts[-1].get("versions", {})
     found["flags"] = flags
+    last = checkpoints.latest(run)
     found["lineage"] = lineage(run, history)
+    found["last_checkpoint"] = last.name if last else None
     return found
 
 
@@ -200,6 +212,8 @@ def write(run, result=None):
         recipe = (run / "record" / "recipe.yaml").read_text(encoding="utf-8")
     except OSError:
         recipe = None
+    from nemo_tutorial import page  # not needed by a run's start
+
     training, validation = metrics.steps(metrics.read(run))
     _publish(run / "report.html", page.run(found, training, validation, samples(run), recipe))
     return found
@@ -275,6 +289,8 @@ def main(argv=None):
     if len(args.runs) == 1:
         print(f"\nwritten: {Path(args.runs[0]) / 'report.html'}, summary.json")
     elif args.output_path:
+        from nemo_tutorial import page
+
         curves = [metrics.steps(metrics.read(run)) for run in args.runs]
         table = (["run", *(name for name, _, _ in COLUMNS)], rows)
         _publish(Path(args.output_path), page.comparison(found, curves, table, different))

@@ -370,6 +370,7 @@ def start(args, stage, source, build_recipe, prepare=None):
             {"flags": kept, "versions": compat.versions(), "command": report.command(), "began": time.time()},
         ],
     }
+    report.keep_lineage(run, history)
     (run / "record" / "recipe.yaml").write_text(recipes.as_text(recipe), encoding="utf-8")
     partial = run / "record" / ".run.json.partial"
     partial.write_text(json.dumps(history, indent=1, ensure_ascii=False), encoding="utf-8")
