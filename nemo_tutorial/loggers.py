@@ -28,7 +28,7 @@ class WeightsAndBiases(WandbLogger):
 
             os.makedirs(self._wandb_init["dir"], exist_ok=True)  # else wandb takes a folder under /tmp
             try:
-                settings = wandb.Settings(init_timeout=SECONDS)
+                settings = wandb.Settings(init_timeout=float(os.environ.get("WANDB_INIT_TIMEOUT", SECONDS)))
                 self._experiment = wandb.init(**self._wandb_init, settings=settings)
             except Exception as error:  # of the network, of the key: wandb has many kinds
                 wandb.teardown()  # else the next init waits for the same service
