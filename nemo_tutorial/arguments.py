@@ -270,9 +270,30 @@ def add_parallelism(parser):
 
 
 def add_logging(parser):
-    """Weights & Biases; TensorBoard is always written."""
+    """The log's interval, what the model says, Weights & Biases, MLflow; TensorBoard is always written."""
     group = parser.add_argument_group("logging")
+    group.add_argument(
+        "--log_interval",
+        type=positive,
+        metavar="STEPS",
+        help="steps between lines of the log and values of the loggers [10, in short runs a hundredth of the steps]",
+    )
+    group.add_argument(
+        "--generate_prompts",
+        metavar="FILE",
+        help="write what the model says to these prompts at each validation: rows as for training, or a text a line",
+    )
+    group.add_argument(
+        "--generate_tokens", type=positive, help="longest answer to each of --generate_prompts, in tokens [32]"
+    )
     group.add_argument("--wandb", action="store_true", help="log to Weights & Biases as well")
     group.add_argument("--wandb_project", help="[the experiment's name]")
     group.add_argument("--wandb_name", help="[the experiment's name]")
     group.add_argument("--wandb_token", help="better: export WANDB_API_KEY, or `wandb login`")
+    group.add_argument(
+        "--mlflow",
+        nargs="?",
+        const="",
+        metavar="URI",
+        help="log to MLflow as well; bare: to $MLFLOW_TRACKING_URI, else to the run's folder mlruns",
+    )

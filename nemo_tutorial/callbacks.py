@@ -1,53 +1,6 @@
-"""What runs in the ranks beside NeMo's own callbacks."""
-
-import json
-import time
-from pathlib import Path
+"""What runs in the ranks beside NeMo's own callbacks; progress.py, samples.py and loggers.py have more."""
 
 from lightning.pytorch import Callback
-
-
-class Metrics(Callback):
-    """Append one JSON line a step, and one a validation, to `path`, from rank 0.
-
-    Fields: step (finished optimizer steps), loss and val_loss (nats a token), learning_rate, grad_norm,
-    seconds (since the line before). Values are NeMo's own, as it logged them.
-    """
-
-    NAMES = {"reduced_train_loss": "loss", "lr": "learning_rate", "grad_norm": "grad_norm"}
-
-    def __init__(self, path):
-        self.path = path
-        self.last = None
-
-    def _write(self, trainer, values):
-        if trainer.is_global_zero:
-            now = time.monotonic()
-            line = {"step": trainer.global_step, **values}
-            if self.last is not None:
-                line["seconds"] = round(now - self.last, 4)
-            self.last = now
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
-
-    def on_fit_start(self, trainer, pl_module):
-        # The validation loss before the first step, to compare with. Here, because with PP NeMo has set it to 0.
-        trainer.num_sanity_val_steps = trainer.limit_val_batches
-
-    def on_train_start(self, trainer, pl_module):
-        # NeMo says it of rank 0 alone; the split of the model shows on the others.
-        count = sum(parameter.numel() for parameter in pl_module.parameters())
-        print(f"rank {trainer.global_rank} holds {count:,} parameters", flush=True)
-        Path(self.path).parent.mkdir(parents=True, exist_ok=True)
-        self.last = time.monotonic()
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        metrics = trainer.callback_metrics
-        self._write(trainer, {new: float(metrics[name]) for name, new in self.NAMES.items() if name in metrics})
-
-    def on_validation_end(self, trainer, pl_module):
-        if "val_loss" in trainer.callback_metrics:
-            self._write(trainer, {"val_loss": float(trainer.callback_metrics["val_loss"])})
 
 
 class ExitInterval(Callback):

@@ -25,8 +25,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 
 from nemo_tutorial import checkpoints, models, terminal, weights
 
-
-SAVING = {"ckpt_save_optimizer": False, "ckpt_async_save": False, "always_save_context": True}  # as NeMo's connectors
+# As NeMo's connectors have it.
+SAVING = {"ckpt_save_optimizer": False, "ckpt_async_save": False, "always_save_context": True}
 
 
 def alone(**strategy):

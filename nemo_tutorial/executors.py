@@ -12,10 +12,17 @@ import nemo_run as run
 import psutil
 from nemo_run.core.frontend.console.api import CONSOLE
 
-from nemo_tutorial import compat, terminal
+from nemo_tutorial import compat, live, terminal
 
 ROOT = Path(__file__).resolve().parents[1]
-SECRETS = ("HF_TOKEN", "WANDB_API_KEY")  # never written anywhere: ranks inherit them from the environment
+# Never written anywhere: ranks inherit them from the environment.
+SECRETS = (
+    "HF_TOKEN",
+    "WANDB_API_KEY",
+    "MLFLOW_TRACKING_USERNAME",
+    "MLFLOW_TRACKING_PASSWORD",
+    "MLFLOW_TRACKING_TOKEN",
+)
 
 
 def environment(args):
@@ -88,7 +95,10 @@ def launch(recipe, args, name):
             signal.signal(number, lambda number, frame: (interrupted.append(number), end_ranks()))
     with run.Experiment(args.experiment, base_dir=str(Path.cwd()), skip_status_at_exit=True) as experiment:
         experiment.add(recipe, executor=executor, name=name)
-        experiment.run(detach=detach, tail_logs=not detach, sequential=not detach)
+        live_bar = not detach and sys.stdout.isatty()
+        shown = live.bar(args.experiment, args.max_steps, Path("results", args.experiment)) if live_bar else None
+        with shown or contextlib.nullcontext():
+            experiment.run(detach=detach, tail_logs=not detach and not live_bar, sequential=not detach)
         job = experiment.jobs[0]
     if interrupted:
         return 130, ["interrupted; the same command goes on from the last checkpoint"]

@@ -3,6 +3,7 @@
 A problem is a sentence for the user: the flag, the value, what is wrong, the next command.
 """
 
+import importlib.util
 import json
 import math
 import os
@@ -249,6 +250,21 @@ def execution_problems(args):
         for flag in ("wandb_project", "wandb_name"):
             if getattr(args, flag):
                 terminal.warn(f"--{flag} {getattr(args, flag)} has no effect without --wandb")
+    return problems + logger_problems(args)
+
+
+def logger_problems(args):
+    """What --wandb and --mlflow need on this machine; on Slurm the container has it or not."""
+    problems = []
+    for flag, package, asked in (("wandb", "wandb", args.wandb), ("mlflow", "mlflow", args.mlflow is not None)):
+        if asked and args.executor == "local" and args.dry_run is None and not importlib.util.find_spec(package):
+            install = "mlflow-skinny" if package == "mlflow" else package
+            problems.append(f"--{flag}: the package {package} is not there; pip install {install}, or leave it out")
+    if "@" in (args.mlflow or ""):
+        problems.append(
+            "--mlflow: a name or password in the address would be kept in the run's files; export "
+            "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, and leave it out of --mlflow"
+        )
     return problems
 
 
