@@ -5,15 +5,14 @@ opcodes that pickle, cloudpickle and torch write (protocols 2 to 5), and refuses
 """
 
 import io
-import pickletools
 import re
 import struct
-import tarfile
-import zipfile
 
 TORCH_MAGIC = 0x1950A86A20F9469CFC6C  # torch.save's format before its zips: five pickles, and the tensors' bytes
 # What torch.save puts into a zip, under one folder. Another data.pkl, or TorchScript's code, is none of it.
-MEMBERS = re.compile(r"data\.pkl|byteorder|version|\.format_version|\.storage_alignment|\.data/serialization_id|data/\d+")
+MEMBERS = re.compile(
+    r"data\.pkl|byteorder|version|\.format_version|\.storage_alignment|\.data/serialization_id|data/\d+"
+)
 DEEPEST = 8  # pickles within pickles
 
 
@@ -86,6 +85,8 @@ class Scan:
 
     def _legacy(self, data, end, depth):
         """torch.save's old format, after its magic number: protocol, system, object, names of the tensors."""
+        import tarfile
+
         if tarfile.is_tarfile(io.BytesIO(data)):
             raise Unreadable("is a tar archive and a pickle at once")
         for number in range(4):
@@ -96,6 +97,8 @@ class Scan:
 
     def _zip(self, data, depth):
         """torch.save's zip. Two readers must not see two things in it: entries lie one after the other, each once."""
+        import zipfile
+
         try:
             with zipfile.ZipFile(io.BytesIO(data)) as archive:
                 entries = sorted(archive.infolist(), key=lambda entry: entry.header_offset)
@@ -107,7 +110,8 @@ class Scan:
                     header = data[at : at + 30]
                     names = sum(struct.unpack("<HH", header[26:30]))
                     rest = following - at - 30 - names - entry.compress_size
-                    if entry.header_offset != at or entry.compress_type or entry.flag_bits & 1 or rest not in (0, 16, 24):
+                    plain = not entry.compress_type and not entry.flag_bits & 1
+                    if not plain or entry.header_offset != at or rest not in (0, 16, 24):  # 16, 24: sizes once more
                         raise Unreadable("is no zip as torch.save writes it")
                     at = following
                 if len({entry.filename.lower() for entry in entries}) != len(entries) or archive.comment:
@@ -267,6 +271,8 @@ class Scan:
             elif op == 0x32:  # DUP
                 stack.append(stack[-1])
             else:
+                import pickletools
+
                 known = pickletools.code2op.get(chr(op))
                 raise Unreadable(f"has the opcode {known.name if known else hex(op)}, which is not followed here")
 

@@ -7,7 +7,6 @@ Tensors are not looked at: torch reads those with an unpickler of its own that b
 """
 
 import gc
-import importlib.metadata
 import json
 import os
 import re
@@ -83,6 +82,12 @@ datetime datetime date timedelta timezone
 pathlib Path PosixPath PurePosixPath
 pathlib._local Path PosixPath PurePosixPath
 signal Signals Handlers
+nemo_tutorial.callbacks ^
+nemo.lightning.pytorch.callbacks.* ^
+nemo.lightning.pytorch.optim.* ^
+nemo.lightning.pytorch.plugins.* ^
+nemo.utils.exp_manager TimingCallback DeltaTimingCallback
+nemo.utils.timers NamedTimer
 numpy dtype ndarray float* int* uint* bool_
 numpy.core.multiarray _reconstruct scalar
 numpy._core.multiarray _reconstruct scalar
@@ -90,9 +95,11 @@ torch Size device strided *Storage float* bfloat16 half double int* uint* long b
 torch._utils _rebuild_tensor _rebuild_tensor_v2 _rebuild_parameter
 torch.storage UntypedStorage TypedStorage _load_from_bytes
 torch.serialization _get_layout
-torch.distributed.checkpoint.metadata ^ _MEM_FORMAT_ENCODING
+torch.distributed.checkpoint.metadata BytesStorageMetadata ChunkStorageMetadata Metadata MetadataIndex StorageMeta
+torch.distributed.checkpoint.metadata TensorProperties TensorStorageMetadata _MEM_FORMAT_ENCODING
+torch.distributed.checkpoint.planner BytesIOWriteData SavePlan TensorWriteData WriteItem WriteItemType
 torch.distributed.checkpoint.filesystem _StorageInfo _StoragePrefix
-megatron.core.dist_checkpointing.strategies.torch MCoreMetadata
+megatron.core.dist_checkpointing.strategies.torch MCoreMetadata MCoreSavePlan
 megatron.core.transformer.enums ^
 megatron.core.enums ^
 megatron.core.rerun_state_machine ^
@@ -104,21 +111,24 @@ transformer_engine.common.recipe ^
 SUFFIXES = (".metadata", ".pt", ".pth", ".pkl", ".pickle", ".bin", ".ckpt")
 LARGEST = 4 << 30  # bytes of a pickle that is read; weights are not in pickles but in *.distcp
 
-# Advisories of NVIDIA's on what these scripts run: in which package, fixed in which version, what each is about.
-# From its bulletins 5686 to 5885 and the CVE records (github.com/NVIDIA/product-security, github.com/CVEProject).
+# NVIDIA's advisories on what these scripts run: package, fixed in which version, what it takes, CVE numbers.
+# From its bulletins 5686 to 5885 (github.com/NVIDIA/product-security) and the records in github.com/CVEProject.
 ADVISORIES = (
-    ("nemo_toolkit", "2.3.2", "code from a checkpoint's metadata", "CVE-2025-23303 CVE-2025-23304"),
-    ("nemo_toolkit", "2.4.0", "code from input to export and deploy", "CVE-2025-23312 CVE-2025-23313 CVE-2025-23314 CVE-2025-23315"),
-    ("nemo_toolkit", "2.5.1", "code from input to the LLM components", "CVE-2025-33204 CVE-2025-33205"),
+    ("nemo_toolkit", "2.3.2", "a checkpoint's metadata", "CVE-2025-23303 CVE-2025-23304"),
+    ("nemo_toolkit", "2.4.0", "input of export", "CVE-2025-23312 CVE-2025-23313 CVE-2025-23314 CVE-2025-23315"),
+    ("nemo_toolkit", "2.5.1", "input of the LLM components", "CVE-2025-33204 CVE-2025-33205"),
     ("nemo_toolkit", "2.5.3", "a malicious model file", "CVE-2025-33212 CVE-2025-33226"),
-    ("nemo_toolkit", "2.6.1", "a malicious file", "CVE-2025-33236 CVE-2025-33241 CVE-2025-33243 CVE-2025-33245 CVE-2025-33246 CVE-2025-33249 CVE-2025-33250 CVE-2025-33251 CVE-2025-33252 CVE-2025-33253"),
+    ("nemo_toolkit", "2.6.1", "a malicious file", "CVE-2025-33236 CVE-2025-33241 CVE-2025-33243 CVE-2025-33245"),
+    ("nemo_toolkit", "2.6.1", "a malicious file", "CVE-2025-33246 CVE-2025-33249 CVE-2025-33250 CVE-2025-33251"),
+    ("nemo_toolkit", "2.6.1", "a malicious file", "CVE-2025-33252 CVE-2025-33253"),
     ("nemo_toolkit", "2.6.2", "a malicious checkpoint", "CVE-2026-24157 CVE-2026-24159"),
-    ("nemo_toolkit", "2.7.3", "a malicious file; commands", "CVE-2026-24155 CVE-2026-24228 CVE-2026-24252"),
-    ("nemo_toolkit", "3.0", "malicious data, settings or tokenizer", "CVE-2026-24239 CVE-2026-65111 CVE-2026-65178 CVE-2026-65179"),
+    ("nemo_toolkit", "2.7.3", "a malicious file", "CVE-2026-24155 CVE-2026-24228 CVE-2026-24252"),
+    ("nemo_toolkit", "3.0", "data, settings, tokenizer", "CVE-2026-24239 CVE-2026-65111 CVE-2026-65178 CVE-2026-65179"),
     ("megatron-core", "0.14.0", "a malicious file", "CVE-2025-23357 CVE-2026-24149"),
     ("megatron-core", "0.15.3", "a malicious checkpoint", "CVE-2025-33247 CVE-2026-24150 CVE-2026-24152"),
     ("megatron-core", "0.17.1", "a malicious checkpoint", "CVE-2026-65110 CVE-2026-65180"),
 )
+LASTS = 2  # fixes whose advisories are named one by one; of those before them, the number
 
 
 class Names:
@@ -261,7 +271,7 @@ def _harmless(folder, root):
 
 def _yaml(file, name, found):
     """Tags by which YAML builds Python's objects; those that NeMo writes are none."""
-    tag = re.search(r"^%TAG.*|!<[^>]*>|![\w!]*python[\w/:.]*|tag:yaml\.org,2002:python[\w/:.]*", file.read_text("utf-8"), re.M)
+    tag = re.search(r"^%TAG.*|!<[^>]*>|![\w!]*python[\w/:.]*|tag:yaml[^\s]*python.*", file.read_text("utf-8"), re.M)
     if tag:
         found[f"{name} has the YAML tag {_shown([tag[0]])}"] = None
 
@@ -270,7 +280,8 @@ def _pickle(file, root, name, found):
     """A file that is a pickle, or several; and the objects that .metadata says are in other files."""
     with open(file, "rb") as opened:
         head = opened.read(2)
-        if file.suffix not in SUFFIXES and not file.name.endswith(".metadata") and head[:1] != b"\x80" and head != b"PK":
+        known = file.name.endswith(SUFFIXES)
+        if not known and head[:1] != b"\x80" and head != b"PK":
             return
         if os.fstat(opened.fileno()).st_size > LARGEST:
             raise pickles.Unreadable(f"is a pickle of more than {terminal.gigabytes(LARGEST)}")
@@ -323,19 +334,23 @@ def _shown(names):
 
 def advisories():
     """The known advisories that the installed NeMo and Megatron-Core lack the fixes of, in a sentence; or None."""
-    missed = {}
-    for package, fixed, _, names in ADVISORIES:
+    import importlib.metadata  # here, as it takes a tenth of the time of --help
+
+    rows = []
+    for package in dict.fromkeys(package for package, *_ in ADVISORIES):
         try:
             running = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-        if _release(running) < _release(fixed):
-            missed.setdefault((package, running), []).append((fixed, names.split()))
-    rows = []
-    for (package, running), lacking in missed.items():
-        last = "; ".join(f"{', '.join(names)} (fixed in {fixed})" for fixed, names in lacking[-1:])
-        before = sum(len(names) for _, names in lacking[:-1])
-        rows.append(f"{package} {running} has not the fix of {last}" + (f", nor those of {before} more" if before else ""))
+        missed = {}
+        for other, fixed, _, numbers in ADVISORIES:
+            if other == package and _release(running) < _release(fixed):
+                missed.setdefault(fixed, []).extend(numbers.split())
+        named = [f"{', '.join(numbers)} (fixed in {fixed})" for fixed, numbers in list(missed.items())[::-1]]
+        rest = sum(len(numbers) for numbers in list(missed.values())[:-LASTS])
+        if named:
+            more = [f"{rest} older ones"] if rest else []
+            rows.append(f"{package} {running} lacks the fixes of {'; '.join(named[:LASTS] + more)}")
     return "; ".join(rows) or None
 
 

@@ -22,6 +22,7 @@ STDLIB_ONLY = (
     "megatron_data",
     "models",
     "packing",
+    "pickles",
     "performance",
     "preflight",
     "prompts",
@@ -29,6 +30,7 @@ STDLIB_ONLY = (
     "schedule",
     "terminal",
     "tokenization",
+    "trust",
     "workers",
 )
 BOOTSTRAP = """\
