@@ -29,6 +29,15 @@ class Named(tuple):
         return ".".join(self)
 
 
+class Reading(Named):
+    """A name whose call is looked into: it gives bytes, or reads them."""
+
+    __slots__ = ()
+
+
+READING = (("_codecs", "encode"), ("torch.storage", "_load_from_bytes"), ("torch._utils", "_rebuild_tensor_v2"))
+
+
 class Made:
     """An object that a pickle makes: of what, with which arguments and state."""
 
@@ -138,7 +147,6 @@ class Scan:
     def _pickle(self, data, at, depth):
         """Follow the pickle that begins at `at`: (its value, where it ends)."""
         stack, marks, memo = [], [], {}
-        names = self.names
         while True:
             op = data[at]
             at += 1
@@ -167,12 +175,10 @@ class Scan:
                 stack[-1] = (stack[-1],)
             elif op == 0x86:  # TUPLE2
                 stack[-2:] = [tuple(stack[-2:])]
-            elif op == 0x52:  # REDUCE
+            elif op == 0x52 or op == 0x81:  # REDUCE, NEWOBJ
                 args = stack.pop()
-                stack[-1] = self._call(stack[-1], args, depth)
-            elif op == 0x81:  # NEWOBJ
-                args = stack.pop()
-                stack[-1] = self._call(stack[-1], args, depth)
+                what = stack[-1]
+                stack[-1] = Made(what, args) if type(what) is Named else self._call(what, args, depth)
             elif op == 0x62:  # BUILD
                 state = stack.pop()
                 self._build(stack[-1], state)
@@ -225,13 +231,11 @@ class Scan:
                 name, module = stack.pop(), stack.pop()
                 if not isinstance(name, str) or not isinstance(module, str):
                     raise Unreadable("takes a name to import from what is no text")
-                stack.append(Named((module, name)))
-                names[stack[-1]] = None
+                stack.append(self._name(module, name))
             elif op == 0x63:  # GLOBAL
                 at, module = _line(data, at)
                 at, name = _line(data, at)
-                stack.append(Named((module, name)))
-                names[stack[-1]] = None
+                stack.append(self._name(module, name))
             elif op == 0x51:  # BINPERSID, a tensor's storage in torch's pickles: kept, as what is asked for
                 stack[-1] = Made(None, stack[-1])
             elif op == 0x95:  # FRAME
@@ -276,6 +280,10 @@ class Scan:
                 known = pickletools.code2op.get(chr(op))
                 raise Unreadable(f"has the opcode {known.name if known else hex(op)}, which is not followed here")
 
+    def _name(self, *name):
+        self.names[name] = None
+        return Reading(name) if name in READING else Named(name)
+
     def _call(self, what, args, depth):
         """A call, of what is named outright: what another call has returned could be anything."""
         if not isinstance(what, Named):
@@ -299,10 +307,11 @@ class Scan:
         if not isinstance(made, Made):
             self.problem(f"changes {made}" if isinstance(made, Named) else "sets the state of what has none")
             return
-        parts = state if isinstance(state, tuple) and len(state) == 2 else (state,)
-        for key, _ in (pair for part in parts if isinstance(part, Pairs) for pair in part):
-            if isinstance(key, str) and key.startswith("__"):
-                self.problem(f"sets {key} of {made.of}")
+        for part in state if isinstance(state, tuple) and len(state) == 2 else (state,):
+            if isinstance(part, Pairs):
+                for key, _ in part:
+                    if isinstance(key, str) and key[:2] == "__":
+                        self.problem(f"sets {key} of {made.of}")
         made.state = state
 
 

@@ -135,10 +135,12 @@ class Names:
     """A list as above: whether a (module, name) is on it."""
 
     def __init__(self, table):
-        lines = [line.split() for line in table.strip().split("\n")]
-        self.rules = [(_pattern([module]), _pattern(names)) for module, *names in lines]
+        self.lines = [line.split() for line in table.strip().split("\n")]
+        self.rules = []
 
     def __contains__(self, pair):
+        # Only now, as --help should not take longer.
+        self.rules = self.rules or [(_pattern([module]), _pattern(names)) for module, *names in self.lines]
         return any(module.fullmatch(pair[0]) and names.fullmatch(pair[1]) for module, names in self.rules)
 
 
