@@ -19,7 +19,7 @@ from pathlib import Path
 # Nothing is installed: make the repository root importable, wherever the script is started from.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from nemo_tutorial import arguments, instructions, packing, preflight, prompts, runs, terminal
+from nemo_tutorial import arguments, instructions, options, packing, plan, preflight, prompts, runs, terminal
 
 
 def parse_args(argv=None):
@@ -27,6 +27,8 @@ def parse_args(argv=None):
     arguments.add_execution(parser, experiment="llama31_finetuning")
     arguments.add_model(parser)
     arguments.add_training(parser, global_batch_size=128)
+    options.add_schedule(parser)
+    options.add_memory(parser)
     arguments.add_parallelism(parser)
     parser.add_argument("-D", "--dataset_path", required=True, help="folder of training.jsonl and validation.jsonl")
     parser.add_argument(
@@ -60,6 +62,7 @@ def parse_args(argv=None):
         help="print the first rows as the model gets them, the part with loss marked [1]",
     )
     parser.add_argument("--peft", type=str.lower, choices=("lora", "dora"), help="train an adapter [all weights]")
+    options.add_adapters(parser)
     arguments.add_logging(parser)
     args = parser.parse_args(argv)
     if args.lr is None:
@@ -147,6 +150,7 @@ def describe(args, model, source, rows, data):
         terminal.describe(
             "data, before the rows are prepared",
             [
+                ("from", args.dataset_path),
                 ("rows", f"{rows['training']:,} training, {rows['validation']:,} validation"),
                 ("tokens", f"about {terminal.number(round(size))}, {instructions.BYTES_A_TOKEN} bytes each"),
                 ("packing", "on" if args.packing else "off"),
@@ -170,6 +174,7 @@ def describe(args, model, source, rows, data):
     terminal.describe(
         "data",
         [
+            ("from", args.dataset_path),
             ("rows", f"{training['rows']:,} training, {validation['rows']:,} validation"),
             ("tokens", f"{training['tokens']:,}, {training['loss'] / training['tokens']:.1%} with loss"),
             ("longest row", f"{training['longest']} of {args.seq_length} tokens"),
@@ -208,12 +213,10 @@ def build_recipe(args, model, source, data):
     from nemo.collections import llm
     from nemo.collections.llm.gpt.data.packed_sequence import PackedSequenceSpecs
 
-    from nemo_tutorial import adapters, recipes, tuning_data
+    from nemo_tutorial import recipes, tuning_data
 
     recipe = recipes.start(model.recipe, "finetune_recipe", args)
-    inside = adapters.NORM_INSIDE.get(model.family.architecture)
-    if args.peft and inside:  # else the adapter could be neither merged nor exported
-        recipe.peft.target_modules = [name for name in adapters.LINEAR if name not in inside]
+    recipes.set_adapter(recipe, args, model)
     config, tokenizer = source.config_and_tokenizer()
     if data.chat_template:  # kept with every checkpoint, so that an exported model is asked in the same words
         tokenizer = prompts.write_tokenizer(tokenizer, runs.folder(args) / "nemo_tokenizer", data.chat_template)
@@ -250,6 +253,7 @@ def build_recipe(args, model, source, data):
     recipes.set_token_loss(recipe)
     recipes.set_training(recipe, args)
     recipes.set_precision(recipe, args)
+    recipes.set_memory(recipe, args, model)
     recipes.set_performance(recipe, args)
     recipes.set_checkpointing(recipe, args, source.resume_from, source.restore_from)
     recipes.set_wandb(recipe, args)
@@ -266,7 +270,7 @@ def main(argv=None):
     planned = args
     if not problems:
         planned, problems = estimate(args, rows)
-    preflight.report(problems)
+    preflight.report(problems or plan.disk_problems(planned, model))
 
     data = None
     if args.dry_run == "plan":

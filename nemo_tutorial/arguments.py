@@ -6,6 +6,8 @@ import os
 import re
 import sys
 
+from nemo_tutorial import config, overrides
+
 EXECUTORS = ("local", "slurm")
 FP8_RECIPES = ("delayed_scaling", "current_scaling", "subchannel_scaling", "mxfp8")
 
@@ -20,7 +22,14 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, argv=None):
         from_command_line = argv is None
-        argv = [_underscored(arg) for arg in (sys.argv[1:] if argv is None else argv)]
+        argv = list(sys.argv[1:] if argv is None else argv)
+        changes, recipe = [], None
+        if "--config" in self._option_string_actions:
+            try:
+                argv, changes, recipe = self._configured(argv)
+            except ValueError as error:
+                self.error(str(error))
+        argv = [_underscored(arg) for arg in argv]
         # Before argparse: it would say that a required flag is missing, not that it is misspelt.
         names = [arg.split("=")[0] for arg in argv if arg.startswith("--")]
         unknown = [name for name in names if " " not in name and name not in self._option_string_actions]
@@ -30,7 +39,47 @@ class Parser(argparse.ArgumentParser):
             self.error("; ".join(self._suggest(arg) for arg in unknown))
         if from_command_line:
             _hide_secrets(args)
+        if "--config" in self._option_string_actions:
+            args.overrides, args.recipe = changes, recipe
+            args.written = config.flags(args, self)  # before anything is filled in
         return args
+
+    def _configured(self, argv):
+        """A command with --config FILE's flags before its own: (words, overrides of the recipe, FILE's recipe or None).
+
+        Raises ValueError with all that is wrong in the file and in the overrides.
+        """
+
+        def takes_value(word):
+            action = self._option_string_actions.get(_underscored(word))
+            return action is not None and action.nargs not in (0, "?")
+
+        argv, changes = overrides.split(argv, takes_value)
+        path = None
+        for number, word in enumerate(argv):
+            name, equals, value = _underscored(word).partition("=")
+            if name == "--config":
+                path = value if equals else (argv[number + 1 : number + 2] or [None])[0]
+        words, file_changes, recipe = config.read(path, self) if path else ([], [], None)
+        known = [action.dest for action in self._actions]
+        first, others, problems = overrides.as_flags(file_changes, known)
+        last, more, wrong = overrides.as_flags(changes, known)
+        if recipe is not None:
+            others, more = file_changes, changes
+            problems += self._not_in_recipe(argv, path)
+        if problems + wrong:
+            raise ValueError("\n".join(problems + wrong))
+        return [*words, *first, *argv, *last], others + more, recipe
+
+    def _not_in_recipe(self, argv, path):
+        """The flags of a command that would not change the recipe of --config FILE."""
+        actions = [(word, self._option_string_actions.get(_underscored(word).split("=")[0])) for word in argv]
+        return [
+            f"{word}: {path} holds a whole recipe, which that flag does not change; remove `recipe:` from the file, or "
+            "change the recipe at the end of the command: KEY=VALUE"
+            for word, action in actions
+            if action is not None and word.startswith("-") and action.dest not in config.STARTED
+        ]
 
     def _suggest(self, arg):
         if not arg.startswith("-"):
@@ -123,8 +172,15 @@ def add_trust(parser):
 
 
 def add_execution(parser, experiment):
-    """Where the job runs: this machine (torchrun) or Slurm."""
+    """Where the job runs: this machine (torchrun) or Slurm; and --config, with what may end the command."""
+    parser.epilog = (
+        "At the end, KEY=VALUE changes the recipe in NeMo-Run's syntax: trainer.log_every_n_steps=5 "
+        "optim.config.weight_decay=0.01"
+    )
     group = parser.add_argument_group("execution")
+    group.add_argument(
+        "--config", metavar="FILE", help="YAML of these flags, and perhaps a whole recipe; flags given here come first"
+    )
     group.add_argument("--executor", choices=EXECUTORS, default="local", help="local (torchrun) or slurm [local]")
     group.add_argument("-E", "--experiment", default=experiment, help=f"name; the run is results/NAME [{experiment}]")
     group.add_argument("-N", "--num_nodes", type=positive, default=1, help="nodes [1]")
@@ -200,7 +256,18 @@ def add_parallelism(parser):
     group.add_argument("-P", "--pipeline_model_parallel_size", type=positive, default=1, help="[1]")
     group.add_argument("-C", "--context_parallel_size", type=positive, default=1, help="[1]")
     group.add_argument(
+        "--virtual_pipeline_model_parallel_size",
+        type=positive,
+        metavar="PARTS",
+        help="parts of each pipeline stage, worked on in turn, so that GPUs wait less [one]",
+    )
+    group.add_argument(
         "--expert_model_parallel_size", type=positive, default=1, help="mixtures of experts: GPUs that share them [1]"
+    )
+    group.add_argument(
+        "--expert_tensor_parallel_size",
+        type=positive,
+        help="mixtures of experts: GPUs that share each one [1 where GPUs share them; else as all layers]",
     )
     # Not BooleanOptionalAction: its --no-sequence_parallel would be out of reach, because `-` becomes `_`.
     group.add_argument(

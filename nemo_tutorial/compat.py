@@ -25,6 +25,16 @@ def fp8_plugin(recipe):
     return factory()
 
 
+def scheduler(name, flag):
+    """NeMo's learning-rate scheduler of that name. Raises ValueError if this container's NeMo lacks it."""
+    from nemo.lightning.pytorch.optim import lr_scheduler
+
+    found = getattr(lr_scheduler, name, None)
+    if found is None:
+        raise ValueError(f"{flag}: this NeMo has no {name}; use --lr_decay cosine, or a newer container")
+    return found
+
+
 def counts_tokens():
     """Whether NeMo's loss says of how many tokens it is, so that Megatron can average over them (NeMo 2.4, not 2.2)."""
     from nemo.lightning.megatron_parallel import MaskedTokenLossReduction

@@ -211,6 +211,16 @@ def schedule_problems(args):
         problems.append(
             f"--val_check_interval {args.val_check_interval} is above the {args.max_steps} steps: never reached"
         )
+    if args.save_interval % args.val_check_interval:
+        problems.append(
+            f"--save_interval {args.save_interval} is not a multiple of --val_check_interval "
+            f"{args.val_check_interval}, and checkpoints are written after validations"
+        )
+    if (args.lr_wsd_decay_steps or 0) > args.max_steps - args.warmup_steps:
+        problems.append(
+            f"--lr_wsd_decay_steps {args.lr_wsd_decay_steps} is above the {args.max_steps - args.warmup_steps} steps "
+            "after the warm-up"
+        )
     if args.exit_interval and args.exit_interval % args.val_check_interval:
         problems.append(
             f"--exit_interval {args.exit_interval} is not a multiple of --val_check_interval "

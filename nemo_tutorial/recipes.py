@@ -10,7 +10,7 @@ from nemo.collections import llm
 from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTokenizer
 from nemo.lightning import io
 
-from nemo_tutorial import callbacks, compat, conversion, cpu, models, performance
+from nemo_tutorial import callbacks, compat, config, conversion, cpu, hooks, memory, models, overrides, performance
 
 # The fields of a NeMo config that say what the model is; all others say how it runs, and stay the recipe's.
 ARCHITECTURE = (
@@ -29,9 +29,6 @@ def start(family_recipe, kind, args):
     recipe = factory(
         dir="results", name=args.experiment, num_nodes=args.num_nodes, num_gpus_per_node=args.num_gpus, **options
     )
-    if args.peft and family_recipe.startswith("gemma2"):
-        # NeMo adds an adapter's output behind the norms that follow the other two layers: it could not be merged.
-        recipe.peft.target_modules = ["linear_qkv", "linear_fc1"]
     if args.accelerator == "cpu":
         fdl.update_callable(recipe, {"pretrain_recipe": cpu.pretrain, "finetune_recipe": cpu.finetune}[kind])
         recipe.trainer.accelerator = "cpu"
@@ -71,10 +68,12 @@ def set_parallelism(recipe, args):
     strategy.context_parallel_size = args.context_parallel_size
     strategy.expert_model_parallel_size = args.expert_model_parallel_size
     # Experts that are spread over GPUs are not split as well, as in NeMo's recipes; else they are split by TP.
-    strategy.expert_tensor_parallel_size = 1 if args.expert_model_parallel_size > 1 else None
+    strategy.expert_tensor_parallel_size = args.expert_tensor_parallel_size or (
+        1 if args.expert_model_parallel_size > 1 else None
+    )
     strategy.sequence_parallel = args.sequence_parallel
     # The big models' recipes set these for their own PP; with another they stop the ranks.
-    strategy.virtual_pipeline_model_parallel_size = None
+    strategy.virtual_pipeline_model_parallel_size = args.virtual_pipeline_model_parallel_size
     for name in ("account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split"):
         if getattr(strategy, name, None):
             setattr(strategy, name, False)
@@ -129,15 +128,81 @@ def set_training(recipe, args):
     trainer.limit_test_batches = 0  # nothing is tested here; NeMo would build a test set all the same
     trainer.log_every_n_steps = 1
     optim.config.lr = args.lr
-    # The recipe's own are for a million steps: never out of warm-up, or an error as min_lr is above lr.
-    optim.lr_scheduler.min_lr = args.min_lr
-    optim.lr_scheduler.warmup_steps = args.warmup_steps
-    optim.lr_scheduler.constant_steps = 0
-    metrics = Path("results", args.experiment, "record", "metrics.jsonl")
-    own = [run.Config(callbacks.Metrics, str(metrics.absolute()))]
+    # The recipe's own is for a million steps: never out of warm-up, or an error as min_lr is above lr.
+    optim.lr_scheduler = _scheduler(args)
+    record = Path("results", args.experiment, "record").absolute()
+    own = [run.Config(callbacks.Metrics, str(record / "metrics.jsonl")), run.Config(hooks.Seed, args.seed)]
     if args.exit_interval:
         own.append(run.Config(callbacks.ExitInterval, args.exit_interval))
+    if args.early_stopping_patience:
+        own.append(run.Config(hooks.EarlyStop, args.early_stopping_patience, str(record / "early_stop.json")))
+    if args.save_interval and args.save_interval != args.val_check_interval:
+        own.append(run.Config(hooks.SaveInterval, args.save_interval))
+    if args.recompute == "full" and args.peft:
+        own.append(run.Config(hooks.InputGradients))
     trainer.callbacks = [*(trainer.callbacks or []), *own]
+
+
+def _scheduler(args):
+    """NeMo's scheduler for --lr_decay; schedule.learning_rate computes the same."""
+    from nemo.lightning.pytorch import optim
+
+    if args.lr_decay == "cosine":
+        names = {"warmup_steps": args.warmup_steps, "constant_steps": 0, "min_lr": args.min_lr}
+        return run.Config(optim.CosineAnnealingScheduler, **names)
+    if args.lr_decay == "constant":
+        return run.Config(optim.WarmupPolicyScheduler, warmup_steps=args.warmup_steps, min_lr=args.min_lr)
+    # This one takes shares of the run, and cuts them off to whole steps.
+    hold = args.max_steps - args.warmup_steps - args.lr_wsd_decay_steps if args.lr_decay == "wsd" else 0
+    shares = {
+        "warmup_ratio": (args.warmup_steps + 0.5) / args.max_steps,
+        "hold_ratio": (hold + 0.5) / args.max_steps,
+    }
+    cls = compat.scheduler("WarmupHoldAnnealScheduler", f"--lr_decay {args.lr_decay}")
+    return run.Config(cls, min_lr=args.min_lr, decay_schedule="linear", **shares)
+
+
+def set_memory(recipe, args, model):
+    """What is recomputed, and the precisions of the optimizer."""
+    config, optim = recipe.model.config, recipe.optim.config
+    # The big models' recipes recompute by themselves; here the flags say it.
+    for name in ("granularity", "method", "num_layers", "modules"):
+        if getattr(config, f"recompute_{name}", None) is not None:
+            setattr(config, f"recompute_{name}", None)
+    if args.recompute != "none":
+        config.recompute_granularity = args.recompute
+    if args.recompute == "full":
+        config.recompute_method = args.recompute_method or "uniform"
+        config.recompute_num_layers = args.recompute_num_layers or 1
+    elif args.recompute == "selective":
+        modules = list(memory.recomputed_modules(args, model))
+        if not compat.supported(fdl.get_callable(config), recompute_modules=modules):
+            raise ValueError(
+                "--recompute selective: this NeMo can't choose the modules; use full, or a newer container"
+            )
+        config.recompute_modules = modules
+    if not args.use_precision_aware_optimizer:
+        return
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.uint8}
+    optim.use_precision_aware_optimizer = True
+    for name in ("main_params_dtype", "exp_avg_dtype", "exp_avg_sq_dtype", "main_grads_dtype"):
+        setattr(optim, name, dtypes[getattr(args, name) or "fp32"])
+    if args.main_grads_dtype == "bf16":  # the buffers that the gradients are summed up in
+        recipe.trainer.plugins.grad_reduce_in_fp32 = False
+        if isinstance(recipe.trainer.strategy.ddp, fdl.Buildable):
+            recipe.trainer.strategy.ddp.grad_reduce_in_fp32 = False
+
+
+def set_adapter(recipe, args, model):
+    """The shape of the adapter, of --peft."""
+    if not args.peft:
+        return
+    recipe.peft.target_modules = list(memory.adapter_targets(args, model))
+    if args.lora_rank:
+        recipe.peft.dim = args.lora_rank
+    recipe.peft.alpha = args.lora_alpha or 2 * recipe.peft.dim
+    if args.lora_dropout is not None:
+        recipe.peft.dropout = args.lora_dropout
 
 
 def set_performance(recipe, args, settings=None):
@@ -198,8 +263,21 @@ def set_wandb(recipe, args):
         )
 
 
+def resolved(recipe, args):
+    """The recipe that is run: `recipe`, or --config FILE's whole one, with the changes at the end of the command.
+
+    Where weights come from is decided anew at each start. Raises ValueError for changes that can't be made.
+    """
+    if args.recipe is not None:
+        given = config.load(args.recipe)
+        given.resume = recipe.resume
+        recipe = given
+    overrides.apply(recipe, args.overrides)
+    return recipe
+
+
 def as_text(recipe):
-    """The recipe as YAML, as NeMo-Run writes it."""
+    """The recipe as YAML, as NeMo-Run writes it; config.load reads it."""
     from nemo_run.core.serialization.yaml import YamlSerializer
 
     return YamlSerializer().serialize(recipe)

@@ -11,10 +11,13 @@ from pathlib import Path
 
 from nemo_tutorial import (
     checkpoints,
+    config,
     hub,
     megatron_data,
     models,
+    options,
     performance,
+    plan,
     preflight,
     schedule,
     terminal,
@@ -248,20 +251,23 @@ def model_problems(args, model):
         limits = (model.max_position_embeddings, model.sliding_window) if model else ()
         args.seq_length = min([8192, *(limit for limit in limits if limit)])
     if model is None:
-        return preflight.sequence_problems(args)
+        return preflight.sequence_problems(args) + options.problems(args, None)
     if args.seq_length > model.max_position_embeddings:
         terminal.warn(f"--seq_length {args.seq_length} is above the model's {model.max_position_embeddings} positions")
-    return preflight.model_problems(args, model) + preflight.sequence_problems(args)
+    return preflight.model_problems(args, model) + preflight.sequence_problems(args) + options.problems(args, model)
 
 
 def schedule_problems(args):
     """Fill in what follows from --lr and --max_steps: floor, warm-up, validation interval; and check them."""
     if args.min_lr is None:
-        args.min_lr = args.lr / 10
+        args.min_lr = args.lr if args.lr_decay == "constant" else args.lr / 10
     if args.warmup_steps is None:
         args.warmup_steps = schedule.warmup_steps(args.max_steps)
     if args.val_check_interval is None:
-        args.val_check_interval = args.exit_interval or max(1, args.max_steps // 5)
+        args.val_check_interval = args.save_interval or args.exit_interval or max(1, args.max_steps // 5)
+    args.save_interval = args.save_interval or args.val_check_interval
+    if args.lr_decay == "wsd":
+        args.lr_wsd_decay_steps = args.lr_wsd_decay_steps or schedule.wsd_decay_steps(args.max_steps)
     problems = preflight.schedule_problems(args)
     done = checkpoints.latest(folder(args))
     if done and checkpoints.step(done) >= args.max_steps:
@@ -275,14 +281,11 @@ def schedule_problems(args):
 def describe(args, model, source, tokens_a_step=None):
     """Print what was derived for a training run; `tokens_a_step` is words where samples are not all --seq_length."""
     dp = preflight.data_parallel_size(args)
-    rate = [
-        schedule.learning_rate(step, args.lr, args.min_lr, args.warmup_steps, args.max_steps)
-        for step in (0, args.warmup_steps, args.max_steps // 2, args.max_steps - 1)
-    ]
     terminal.describe(
         "model",
         [
             ("weights", source),
+            ("tokenizer", source.tokenizer_folder()),
             (
                 "shape",
                 f"{model.family.architecture}, {terminal.number(model.parameters)} parameters, "
@@ -299,13 +302,15 @@ def describe(args, model, source, tokens_a_step=None):
             (
                 "where",
                 f"{args.executor}, {args.num_nodes} x {args.num_gpus} "
-                + ("GPUs" if args.accelerator == "gpu" else "processes without a GPU (no-GPU mode)"),
+                + ("GPUs" if args.accelerator == "gpu" else "processes without a GPU (no-GPU mode)")
+                + (f", {_job(args)}" if args.executor == "slurm" else ""),
             ),
             (
                 "parallel",
                 f"TP {args.tensor_model_parallel_size} x PP {args.pipeline_model_parallel_size} x "
                 f"CP {args.context_parallel_size} x DP {dp}"
                 + (f", experts over {args.expert_model_parallel_size}" if args.expert_model_parallel_size > 1 else "")
+                + (f", {vp} parts a stage" if (vp := args.virtual_pipeline_model_parallel_size) else "")
                 + (", sequence parallel" if args.sequence_parallel else ""),
             ),
             ("precision", f"FP8 {args.fp8_recipe or 'delayed_scaling'}" if args.fp8 else args.precision),
@@ -323,13 +328,22 @@ def describe(args, model, source, tokens_a_step=None):
                 f"{args.seq_length}; {accumulation} micro batches a GPU",
             ),
             ("steps", f"{args.max_steps}" + (f", stop at every {args.exit_interval}" if args.exit_interval else "")),
-            ("learning rate", "first {:.3g}, peak {:.3g}, half {:.3g}, last {:.3g}".format(*rate)),
+            ("learning rate", plan.learning_rates(args)),
             (
                 "checkpoints",
-                f"{folder(args)}/checkpoints, after each validation, the best {args.save_top_k} and the last",
+                f"{folder(args)}/checkpoints, every {args.save_interval} steps; kept: the best {args.save_top_k}, "
+                "and the last",
             ),
+            ("disk", plan.disk(args, model)[2]),
         ],
     )
+    plan.describe_memory(args, model)
+
+
+def _job(args):
+    """What a Slurm job is submitted with."""
+    named = {"account": args.account, "partition": args.partition, "container": args.container_image}
+    return ", ".join([*(f"{name} {value}" for name, value in named.items() if value), f"at most {args.time}"])
 
 
 def start(args, stage, source, build_recipe, prepare=None):
@@ -343,11 +357,12 @@ def start(args, stage, source, build_recipe, prepare=None):
     from nemo_tutorial import compat, executors, recipes
 
     try:
-        recipe = build_recipe()
+        recipe = recipes.resolved(build_recipe(), args)
     except ValueError as error:
-        terminal.fail([str(error)])
+        terminal.fail(str(error).split("\n"))
+    written = config.text(args.written, args.overrides, recipes.as_text(recipe))
     if args.dry_run == "full":
-        print(recipes.as_text(recipe))
+        print(f"\n{config.HEAD}flags and recipe, for --config\n{written}{config.TAIL}")
         executors.launch_text(recipe, args, stage)
         return
     for checkpoint in source.checkpoints():
@@ -360,7 +375,10 @@ def start(args, stage, source, build_recipe, prepare=None):
     run = folder(args)
     (run / "record").mkdir(parents=True, exist_ok=True)
     history = record(run)
-    kept = {name: value for name, value in vars(args).items() if not name.endswith("_token")}
+    (run / "record" / "config.yaml").write_text(written, encoding="utf-8")
+    (run / "record" / "early_stop.json").unlink(missing_ok=True)
+    hidden = ("recipe", "written")  # these are in config.yaml
+    kept = {name: value for name, value in vars(args).items() if not name.endswith("_token") and name not in hidden}
     history = {
         "stage": stage,
         "restored_from": history.get("restored_from", str(source.restore_from) if source.restore_from else None),
@@ -394,6 +412,14 @@ def _check_content(checkpoint):
     terminal.describe("checked", [("checkpoint", f"{terminal.gigabytes(size)} as written, in {seconds:.0f} s")])
 
 
+def _early_stop(run):
+    """What hooks.EarlyStop left behind, or None."""
+    try:
+        return json.loads((run / "record" / "early_stop.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
 def _check_end(args, source, last):
     """The job says it succeeded: is the checkpoint of the step it had to reach there, and whole?"""
     begun = checkpoints.step(source.resume_from) if source.resume_from else 0
@@ -401,6 +427,10 @@ def _check_end(args, source, last):
     if args.exit_interval:
         target = min(target, (begun // args.exit_interval + 1) * args.exit_interval)
     reached = checkpoints.step(last) if last else 0
+    stopped = _early_stop(folder(args))
+    if stopped and reached >= stopped["step"]:
+        words = f"validation loss {stopped['last']:.4g}, best {stopped['best']:.4g}"
+        return 0, [f"stopped early at step {stopped['step']}: --early_stopping_patience, {words}"]
     if reached < target:
         return 1, [f"the job ended without an error, but the last complete checkpoint has {reached} of {target} steps"]
     return 0, []

@@ -15,7 +15,7 @@ from pathlib import Path
 # Nothing is installed: make the repository root importable, wherever the script is started from.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from nemo_tutorial import arguments, blends, megatron_data, preflight, runs, terminal
+from nemo_tutorial import arguments, blends, megatron_data, options, plan, preflight, runs, terminal
 
 
 def parse_args(argv=None):
@@ -23,6 +23,8 @@ def parse_args(argv=None):
     arguments.add_execution(parser, experiment="llama31_pretraining")
     arguments.add_model(parser)
     arguments.add_training(parser, global_batch_size=2048)
+    options.add_schedule(parser)
+    options.add_memory(parser)
     arguments.add_parallelism(parser)
     parser.add_argument(
         "-D",
@@ -83,6 +85,7 @@ def build_recipe(args, model, source, blend):
     recipes.set_parallelism(recipe, args)
     recipes.set_training(recipe, args)
     recipes.set_precision(recipe, args)
+    recipes.set_memory(recipe, args, model)
     recipes.set_performance(recipe, args)
     recipes.set_checkpointing(recipe, args, source.resume_from, source.restore_from)
     recipes.set_wandb(recipe, args)
@@ -99,7 +102,7 @@ def main(argv=None):
     if args.max_steps:
         problems += runs.schedule_problems(args)
     preflight.report(problems)
-    preflight.report(blends.plan(blend, args))
+    preflight.report(blends.plan(blend, args) + plan.disk_problems(args, model))
 
     runs.describe(args, model, source)
     train = sum(part.tokens for part in blend.parts[0])

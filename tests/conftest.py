@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from building import build, tuned_stages  # noqa: F401  fixtures
 from hub_server import here, server  # noqa: F401  fixtures
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -22,6 +22,10 @@ TRAINING = """
     --performance
     -T --tensor_model_parallel_size -P --pipeline_model_parallel_size -C --context_parallel_size
     --expert_model_parallel_size --sequence_parallel --no_sequence_parallel -D --dataset_path
+    --config --lr_decay --lr_wsd_decay_steps --save_interval --early_stopping_patience
+    --gpu_memory --recompute --recompute_modules --recompute_method --recompute_num_layers
+    --use_precision_aware_optimizer --exp_avg_dtype --exp_avg_sq_dtype --main_params_dtype --main_grads_dtype
+    --virtual_pipeline_model_parallel_size --expert_tensor_parallel_size
     --wandb --wandb_project --wandb_name --wandb_token
 """
 # Frozen: a flag may be added here, never taken away or renamed.
@@ -50,7 +54,7 @@ FLAGS = {
     "finetuning/finetune.py": TRAINING
     + """
         --prompt_template --system_prompt --packing --no_packing --packed_sequence_size --overlong --show_samples
-        --peft
+        --peft --lora_rank --lora_alpha --lora_dropout --lora_target_modules
     """,
     "finetuning/generate.py": """
         --model --prompt --questions --system_prompt --limit --max_new_tokens --trust_remote_code --output_path

@@ -1,0 +1,81 @@
+"""The memory estimate of --dry_run against what gpu.py measured: PyTorch's peak of every cell in gpu.json, in GiB.
+
+python benchmarks/memory.py
+"""
+
+import importlib.util
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from nemo_tutorial import memory, models, preflight, terminal
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = {
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 128256,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131072,
+}
+NAMES = "num_hidden_layers hidden_size intermediate_size num_attention_heads head_dim tie_word_embeddings".split()
+SHAPES = {
+    "1b": (16, 2048, 8192, 32, 64, True),
+    "3b": (28, 3072, 8192, 24, 128, True),
+    "8b": (32, 4096, 14336, 32, 128, False),
+}
+RECIPES = {"tensorwise": "current_scaling", "blockwise": "subchannel_scaling", "mxfp8": "mxfp8"}
+
+
+def shape(name):
+    """The models.Model of a shape that gpu.py trains."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "config.json"
+        path.write_text(json.dumps(SHARED | dict(zip(NAMES, SHAPES[name]))))
+        return models.from_config(path)
+
+
+def flags(cell, stock):
+    """The training script's flags that a cell of gpu.json stands for."""
+    pretrain, settings = cell["kind"] == "pretrain", cell["settings"]
+    path = ROOT / ("pretraining/pretrain.py" if pretrain else "finetuning/finetune.py")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    words = f"-D x --dry_run --accelerator gpu -G 1 -m {cell['micro_batch_size']} -s {cell['seq']} -g {cell['gbs']}"
+    words += " --performance off" if stock else ""
+    if "fp8" in settings:
+        words += " --fp8"
+        words += f" --fp8_recipe {RECIPES[settings['fp8_recipe']]}" if settings["fp8_recipe"] in RECIPES else ""
+    words += f" --peft lora --lora_rank {settings['dim']}" if cell["kind"] == "lora" else ""
+    if settings.get("recompute_granularity"):
+        words += f" --recompute {settings['recompute_granularity']}"
+        if settings["recompute_granularity"] == "selective":
+            words += f" --recompute_modules {' '.join(settings['recompute_modules'])}"
+    args = script.parse_args(words.split())
+    preflight.fill_hardware(args)
+    args.sequence_parallel = False
+    return args
+
+
+def cells():
+    """(row, contestant, measured cell, Estimate) of every cell that has a measured peak and flags of the tutorial."""
+    for row, found in json.loads((ROOT / "benchmarks/gpu.json").read_text())["rows"].items():
+        for name, cell in found.items():
+            name = name.split(" @")[0]
+            if cell.get("allocated_gb") and cell.get("model") in SHAPES and cell["kind"] in ("pretrain", "sft", "lora"):
+                yield row, name, cell, memory.estimate(shape(cell["model"]), flags(cell, name.startswith("stock")))
+
+
+if __name__ == "__main__":
+    rows = []
+    for row, name, cell, estimate in cells():
+        parts = (estimate.weights, estimate.gradients, estimate.optimizer, estimate.activations)
+        found = estimate.allocated / memory.GIB
+        off = f"{found / cell['allocated_gb'] - 1:+.1%}"
+        split = " + ".join(f"{part / memory.GIB:.1f}" for part in parts)
+        rows.append([row, name, cell["allocated_gb"], f"{found:.1f}", off, split])
+    parts = "weights + gradients + optimizer + activations"
+    terminal.table(["row", "contestant", "measured", "estimate", "off by", parts], rows)

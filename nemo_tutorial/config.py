@@ -1,0 +1,113 @@
+"""A run in a file: the flags as YAML, and perhaps a whole recipe, as --dry_run full prints it."""
+
+import difflib
+from pathlib import Path
+
+HEAD = "--- # "  # YAML's own marks around a document, so that it can be cut out of what is printed
+TAIL = "..."
+# Flags that a recipe that is given in full does not hold: how it is started, not what it does.
+STARTED = ("config", "dry_run", "executor", "account", "partition", "container_image", "time", "gpu_memory")
+
+
+def read(path, parser):
+    """A file's flags as words for `parser`, and its recipe or None. Raises ValueError with all that is wrong."""
+    import yaml  # not above: --help needs only the standard library
+
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"--config {path} can't be read as YAML: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"--config {path} holds no flags; write one a line, such as max_steps: 100")
+    recipe = content.pop("recipe", None)
+    overrides = content.pop("overrides", None) or []
+    words, problems = [], []
+    for name, value in content.items():
+        flag = "--" + str(name).lstrip("-").replace("-", "_")
+        action = parser._option_string_actions.get(flag)
+        if action is None or flag in ("--config", "--help"):
+            near = difflib.get_close_matches(flag, parser._option_string_actions, n=1)
+            hint = f"; did you mean {near[0][2:]}?" if near and flag != "--config" else ""
+            problems.append(f"--config {path}: {name} is not a flag of {parser.prog}{hint}")
+        elif flag.endswith("_token"):
+            problems.append(f"--config {path}: {name} would lie open in a file; export it instead, and remove the line")
+        else:
+            words += _words(flag, action, value, parser)
+    if problems:
+        raise ValueError("\n".join(problems))
+    return words, [str(word) for word in overrides], recipe
+
+
+def _words(flag, action, value, parser):
+    """One flag and its value as on a command line."""
+    if value is None:
+        return []
+    if action.nargs == 0:
+        if value is True:
+            return [flag]
+        no = f"--no_{flag[2:]}"
+        return [no] if value is False and no in parser._option_string_actions else []
+    if isinstance(value, list):
+        return [flag, *map(str, value)]
+    return [flag] if value == "" and action.nargs == "?" else [flag, str(value)]
+
+
+def flags(args, parser):
+    """The flags that `args` stand for, as they can be read again; what is no flag, or a secret, is left out."""
+    found = {}
+    for action in parser._actions:
+        value, name = getattr(args, action.dest, None), action.option_strings[0] if action.option_strings else ""
+        hidden = action.dest in ("help", "config", "dry_run") or action.dest.endswith("_token")
+        if hidden or value is None or value is False and action.nargs == 0 and f"--no_{action.dest}" not in name:
+            continue
+        found[action.dest] = value
+    return found
+
+
+def text(flags, overrides, recipe):
+    """The YAML of a run; `recipe` is NeMo-Run's own YAML of it."""
+    import yaml
+
+    head = yaml.safe_dump(flags, sort_keys=False, allow_unicode=True)
+    if overrides:
+        head += yaml.safe_dump({"overrides": overrides})
+    return head + "recipe:\n" + "".join(f"  {line}\n" for line in recipe.splitlines())
+
+
+def load(content):
+    """The recipe that a parsed YAML document describes. Raises ValueError if it names what this NeMo does not have."""
+    import importlib
+
+    import nemo_run as run
+
+    made = {}  # by the identity of a YAML node: what is shared (the tokenizer) stays shared
+
+    def named(target):
+        module, _, name = target.rpartition(".")
+        try:
+            return getattr(importlib.import_module(module), name)
+        except (ImportError, AttributeError, ValueError):
+            raise ValueError(f"--config: the recipe names {target}, which is not there") from None
+
+    def build(node):
+        if isinstance(node, list):
+            return [build(value) for value in node]
+        if not isinstance(node, dict):
+            return node
+        if id(node) in made:
+            return made[id(node)]
+        if "_target_" not in node:
+            result = {key: build(value) for key, value in node.items()}
+        elif node.get("_call_") is False:
+            result = named(node["_target_"])
+        else:
+            kind = run.Partial if node.get("_partial_") else run.Config
+            arguments = {key: build(value) for key, value in node.items() if key not in ("_target_", "_partial_")}
+            result = kind(named(node["_target_"]), **arguments)
+        made[id(node)] = result
+        return result
+
+    recipe = build(content)
+    if not isinstance(recipe, run.Partial):
+        raise ValueError("--config: recipe is not one; take it as --dry_run full prints it")
+    return recipe

@@ -1,0 +1,63 @@
+"""Callbacks that stand for flags: seed, save interval, early stopping, recomputation under an adapter."""
+
+import json
+from pathlib import Path
+
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import EarlyStopping
+
+
+class Seed(Callback):
+    """Seed new weights and dropout: NeMo's strategy takes no seed, and gives every run 1234."""
+
+    def __init__(self, seed):
+        self.seed = seed
+
+    def setup(self, trainer, pl_module, stage):
+        from nemo.lightning import megatron_init
+
+        megatron_init._set_random_seed(self.seed)  # after the ranks know one another, before the model is built
+
+
+class SaveInterval(Callback):
+    """Let only validations at multiples of `steps`, and the last one, end with a checkpoint."""
+
+    def __init__(self, steps):
+        self.steps = steps
+
+    def on_validation_end(self, trainer, pl_module):
+        last = trainer.should_stop or trainer.global_step >= trainer.max_steps
+        if trainer.global_step % self.steps and not last:
+            # Lightning saves a step once; its checkpoint callback comes after all others.
+            trainer.checkpoint_callback._last_global_step_saved = trainer.global_step
+
+
+class EarlyStop(EarlyStopping):
+    """Lightning's early stopping on the validation loss, which leaves `path` behind when it has stopped a run."""
+
+    def __init__(self, patience, path):
+        super().__init__(monitor="val_loss", patience=patience, mode="min")
+        self.path = path
+
+    def on_validation_end(self, trainer, pl_module):
+        super().on_validation_end(trainer, pl_module)
+        if self.has_stopped(trainer) and trainer.is_global_zero:
+            found = {
+                "step": trainer.global_step,
+                "best": float(self.best_score),
+                "last": float(trainer.callback_metrics["val_loss"]),
+            }
+            Path(self.path).write_text(json.dumps(found) + "\n", encoding="utf-8")
+
+    def has_stopped(self, trainer):
+        """Whether this callback, and no other reason, has stopped the run."""
+        return trainer.should_stop and self.wait_count >= self.patience
+
+
+class InputGradients(Callback):
+    """With all of a model's own weights frozen, a recomputed layer has gradients only if its input asks for one."""
+
+    def on_fit_start(self, trainer, pl_module):
+        for name, module in pl_module.named_modules():
+            if name.endswith("embedding"):
+                module.register_forward_hook(lambda module, inputs, output: output.requires_grad_())

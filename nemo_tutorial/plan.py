@@ -1,0 +1,170 @@
+"""What a run will need, said before it starts: memory of a GPU and what would make it fit, disk for its checkpoints."""
+
+import argparse
+import shutil
+import subprocess
+from pathlib import Path
+
+from nemo_tutorial import checkpoints, memory, options, preflight, schedule, terminal
+
+DEFAULT_MEMORY = 80  # GiB
+
+
+def gpu_memory(args):
+    """GiB of a GPU, and where that number is from: --gpu_memory, the smallest GPU found here, or the default."""
+    if args.gpu_memory:
+        return args.gpu_memory, "--gpu_memory"
+    if args.executor == "local" and shutil.which("nvidia-smi"):
+        query = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+        found = [
+            line for line in subprocess.run(query, capture_output=True, text=True).stdout.split() if line.isdigit()
+        ]
+        if found:
+            return min(map(int, found)) / 1024, "found here"
+    return DEFAULT_MEMORY, "assumed; --gpu_memory says otherwise"
+
+
+def gib(size):
+    """Bytes -> '16.1 GiB'."""
+    return f"{size / memory.GIB:.1f} GiB"
+
+
+def describe_memory(args, model):
+    """Print what the fullest GPU will hold, against what it has, and the first change that would make it fit."""
+    estimate, (limit, source) = memory.estimate(model, args), gpu_memory(args)
+    fits = estimate.total <= limit * memory.GIB
+    trained = (
+        "" if estimate.trained == estimate.parameters else f", {terminal.number(estimate.trained)} of them trained"
+    )
+    stages = args.pipeline_model_parallel_size
+    rows = [
+        ("weights", f"{gib(estimate.weights)}, {terminal.number(estimate.parameters)} parameters{trained}"),
+        ("gradients", gib(estimate.gradients)),
+        ("optimizer", gib(estimate.optimizer)),
+        ("activations", f"{gib(estimate.activations)} at the peak, recomputed: {recomputed(args, model)}"),
+        ("reserve", f"{gib(estimate.reserve)} for CUDA" + (", NCCL" if args.num_nodes * args.num_gpus > 1 else "")),
+        (
+            "together",
+            f"{gib(estimate.total)} of {limit:.3g} GiB ({source}): "
+            + ("fits" if fits else "DOES NOT FIT")
+            + (f"; the fullest is pipeline stage {estimate.stage + 1} of {stages}" if stages > 1 else ""),
+        ),
+    ]
+    if not fits:
+        rows.append(
+            ("would fit", fitting(args, model, limit) or "no change of the flags that was tried; use more GPUs")
+        )
+    where = "each GPU" if args.accelerator == "gpu" else "each GPU, if there were any"
+    terminal.describe(f"memory of {where} (estimate)", rows)
+
+
+def recomputed(args, model):
+    """What --recompute and its flags stand for."""
+    if args.recompute == "selective":
+        return " ".join(memory.recomputed_modules(args, model))
+    if args.recompute == "full":
+        return f"layers, {args.recompute_method or 'uniform'} {args.recompute_num_layers or 1}"
+    return "nothing"
+
+
+def fitting(args, model, limit):
+    """The first change of the flags with which the estimate is below `limit` GiB, as words to add; or None.
+
+    Cheapest first: what costs little speed, then what shares a layer among GPUs, last what changes the numbers.
+    """
+    for change in _changes(args, model):
+        changed = argparse.Namespace(**vars(args) | change)
+        if changed.sequence_parallel is None or "tensor_model_parallel_size" in change:
+            changed.sequence_parallel = changed.tensor_model_parallel_size > 1
+        if _possible(changed, model) and memory.estimate(model, changed).total <= limit * memory.GIB:
+            return f"{_words(change)} ({gib(memory.estimate(model, changed).total)})"
+    return None
+
+
+def _changes(args, model):
+    """Changes to try, the first first: each alone, then with smaller micro batches and all layers recomputed."""
+    tp, pp, cp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size, args.context_parallel_size
+    gpus = args.num_gpus * args.num_nodes
+    small = [{"micro_batch_size": size} for size in (8, 4, 2, 1) if size < args.micro_batch_size]
+    selective = {"recompute": "selective", "recompute_modules": None}
+    full = {
+        "recompute": "full",
+        "recompute_modules": None,
+        "recompute_method": None,
+        "recompute_num_layers": None,
+    }
+    again = [] if args.recompute == "full" else [full] if args.recompute == "selective" else [selective, full]
+    tensor = [{"tensor_model_parallel_size": tp * times} for times in (2, 4, 8) if tp * times <= args.num_gpus]
+    context = [{"context_parallel_size": cp * times} for times in (2, 4, 8)]
+    pipeline = [{"pipeline_model_parallel_size": pp * times} for times in (2, 4, 8, 16)]
+    lean = {
+        "use_precision_aware_optimizer": True,
+        "main_grads_dtype": "bf16",
+        "exp_avg_dtype": "bf16",
+        "exp_avg_sq_dtype": "bf16",
+    }
+    yield from small + again
+    if gpus > tp * pp * cp:  # else there is nothing to spread over
+        yield from tensor + context + pipeline
+    least = (small[-1] if small else {}) | (full if again else {})
+    if least:
+        yield least
+        yield from (least | change for change in tensor + context + pipeline if gpus > tp * pp * cp)
+    yield from (least | first | second for first in tensor for second in pipeline)
+    yield lean
+    yield least | lean
+    yield from (least | lean | first for first in tensor + pipeline)
+    if hasattr(args, "lora_rank") and not args.peft:
+        for change in ({}, least):
+            yield change | {"peft": "lora"}
+
+
+def _possible(args, model):
+    """Whether flags, as they would be after a change, pass the rules of layout, model and options."""
+    if args.use_precision_aware_optimizer and args.accelerator == "cpu":
+        args.accelerator = "gpu"  # the plan of a GPU run, made where there is none
+    if getattr(args, "packing", False) and args.context_parallel_size > 1:
+        return False
+    rules = (preflight.layout_problems(args), preflight.model_problems(args, model), options.problems(args, model))
+    return not any(rules) and not preflight.sequence_problems(args)
+
+
+def _words(change):
+    return " ".join(
+        f"--{name}" if value is True else f"--{name} {value}" for name, value in change.items() if value is not None
+    )
+
+
+def disk(args, model):
+    """(bytes of the checkpoints at their most, bytes free where they will lie, sentence)."""
+    one = memory.checkpoint_bytes(model, args)
+    kept = min(args.save_top_k + 2, -(-args.max_steps // args.save_interval))  # the last, and one that is being written
+    folder = Path("results", args.experiment).absolute()
+    have = sum(checkpoints.size(path) for path in (folder / "checkpoints").glob("*") if not path.is_symlink())
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    need = max(0, one * kept - have)
+    words = f"{kept} x {terminal.gigabytes(one)} = {terminal.gigabytes(one * kept)} at most"
+    words += f", of which {terminal.gigabytes(have)} are there" if have else ""
+    return need, free, f"{words}; {terminal.gigabytes(free)} free" + ("" if need <= free else ": NOT ENOUGH")
+
+
+def disk_problems(args, model):
+    """Whether the checkpoints that will be kept have room; asked before a run, not of a plan."""
+    need, free, words = disk(args, model)
+    if need <= free or args.dry_run:
+        return []
+    return [f"--save_top_k {args.save_top_k}: the checkpoints need {words}; free some, or keep fewer"]
+
+
+def learning_rates(args):
+    """First, peak, half and last learning rate, in words."""
+    steps = (0, args.warmup_steps, args.max_steps // 2, args.max_steps - 1)
+    rates = [
+        schedule.learning_rate(
+            step, args.lr, args.min_lr, args.warmup_steps, args.max_steps, args.lr_decay, args.lr_wsd_decay_steps
+        )
+        for step in steps
+    ]
+    return "first {:.3g}, peak {:.3g}, half {:.3g}, last {:.3g}".format(*rates)
