@@ -161,7 +161,7 @@ def measure(who, stage, verify, source, output, limit=None):
             peak = max(peak, memory(process))
         except psutil.NoSuchProcess:
             break
-        # The kernel counts all mapped pages for an answer, and stops the process while it does: a twentieth of the time.
+        # The kernel stops the process while it counts its pages: for a twentieth of the time, not for half.
         time.sleep(max(0.01, 19 * (time.perf_counter() - began)))
     process.wait()
     reader.join()

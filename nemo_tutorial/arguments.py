@@ -162,6 +162,15 @@ def add_verify(parser):
     )
 
 
+def add_trust(parser):
+    """--trust_checkpoint: for a script that loads a NeMo checkpoint."""
+    parser.add_argument(
+        "--trust_checkpoint",
+        action="store_true",
+        help="load a NeMo checkpoint even if it would run more than NeMo's do; whoever made it can run anything here",
+    )
+
+
 def add_execution(parser, experiment):
     """Where the job runs: this machine (torchrun) or Slurm; and --config, with what may end the command."""
     parser.epilog = (
@@ -198,6 +207,7 @@ def add_model(parser):
         "-n", "--nemo_model", nargs="?", const="", help="NeMo checkpoint; bare: the newest pretraining checkpoint"
     )
     group.add_argument("-s", "--seq_length", type=positive, help="tokens a sample [8192, or the model's if shorter]")
+    add_trust(group)
 
 
 def add_training(parser, global_batch_size):

@@ -25,6 +25,7 @@ from nemo_tutorial import (
     schedule,
     terminal,
     tokenization,
+    trust,
 )
 
 
@@ -188,6 +189,9 @@ def weights(args, fallback):
         model = models.from_nemo(checkpoint) if checkpoint else models.from_hf(source.hf_folder)
     except ValueError as error:
         return source, None, [str(error)]
+    flag = "--experiment" if source.resume_from else "--nemo_model"
+    for path in source.checkpoints():
+        problems += trust.refusals(f"{flag}:", path, args.trust_checkpoint)
     return source, model, problems + _tokenizer_problems(args, source)
 
 
@@ -290,6 +294,7 @@ def describe(args, model, source, tokens_a_step=None):
                 + f"{model.num_hidden_layers} layers, hidden {model.hidden_size}, vocabulary {model.vocab_size}",
             ),
             ("recipe", model.recipe + (f", {args.peft}" if args.peft else "")),
+            ("advisories", trust.advisories()),
         ],
     )
     terminal.describe(

@@ -29,6 +29,7 @@ STDLIB_ONLY = (
     "overrides",
     "packing",
     "page",
+    "pickles",
     "performance",
     "plan",
     "preflight",
@@ -40,6 +41,7 @@ STDLIB_ONLY = (
     "terminal",
     "throughput",
     "tokenization",
+    "trust",
     "workers",
 )
 BOOTSTRAP = """\
