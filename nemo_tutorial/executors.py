@@ -1,4 +1,9 @@
-"""Where a recipe runs: NeMo-Run's local (torchrun) and Slurm executors, and what became of the job."""
+"""Where a recipe runs: NeMo-Run's local executor (torchrun) or a Slurm job, and what became of it.
+
+What became of a run, its log, its end, from the repository's root:
+
+    python -m nemo_tutorial.executors status|logs|cancel RUN
+"""
 
 import contextlib
 import os
@@ -8,14 +13,11 @@ import signal
 import sys
 from pathlib import Path
 
-import nemo_run as run
 import psutil
-from nemo_run.core.frontend.console.api import CONSOLE
 
-from nemo_tutorial import compat, terminal
+from nemo_tutorial import compat, slurm, terminal
 
 ROOT = Path(__file__).resolve().parents[1]
-SECRETS = ("HF_TOKEN", "WANDB_API_KEY")  # never written anywhere: ranks inherit them from the environment
 
 
 def environment(args):
@@ -38,38 +40,21 @@ def environment(args):
 
 def local(args):
     """torchrun on this machine."""
+    import nemo_run as run
+
     # NeMo-Run calls torchrun by name: this Python's own must come first.
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     nodes = compat.supported(run.LocalExecutor, nodes=args.num_nodes)
-    return run.LocalExecutor(launcher="torchrun", ntasks_per_node=args.num_gpus, env_vars=environment(args), **nodes)
+    # With several nodes, ranks as NODE_RANK says: torchrun's own rendezvous would number the nodes as they come.
+    launcher = run.Torchrun(rdzv_backend="static") if args.num_nodes > 1 else "torchrun"
+    return run.LocalExecutor(launcher=launcher, ntasks_per_node=args.num_gpus, env_vars=environment(args), **nodes)
 
 
-def slurm(args):
-    """sbatch, with the NeMo container if one is named. The environment, tokens included, is inherited by name."""
-    work = sorted({str(Path.cwd()), str(ROOT)})
-    gpus = {"gpus_per_node": args.num_gpus, "gres": f"gpu:{args.num_gpus}"} if args.accelerator == "gpu" else {}
-    container = {}
-    if args.container_image:
-        container = {
-            "container_image": args.container_image,
-            "container_mounts": [f"{folder}:{folder}" for folder in work],
-            **compat.supported(run.SlurmExecutor, container_env=[name for name in SECRETS if os.environ.get(name)]),
-        }
-    return run.SlurmExecutor(
-        account=args.account,
-        partition=args.partition,
-        time=args.time,
-        nodes=args.num_nodes,
-        ntasks_per_node=args.num_gpus,
-        exclusive=True,
-        mem="0",
-        # NeMo-Run writes `export NAME=value` unquoted: a space would end the value, `;` start a command.
-        env_vars={name: shlex.quote(value) for name, value in environment(args).items()},
-        packager=run.Packager(),
-        tunnel=run.LocalTunnel(job_dir=str(Path("experiments").absolute())),
-        **gpus,
-        **container,
-    )
+def serialized(recipe):
+    """The recipe as text, as NeMo-Run sends it to the ranks."""
+    from nemo_run.core.serialization.zlib_json import ZlibJSONSerializer
+
+    return ZlibJSONSerializer().serialize(recipe)
 
 
 def launch(recipe, args, name):
@@ -77,26 +62,23 @@ def launch(recipe, args, name):
 
     NeMo-Run itself returns normally from a job that failed, so its state is read.
     """
-    executor = {"local": local, "slurm": slurm}[args.executor](args)
-    detach = args.executor == "slurm"
-    interrupted = []
-    if not detach:
-        # A handler and no KeyboardInterrupt: NeMo-Run waits for the job while the `with` below is left, in a thread
-        # pool that an exception would wait for too. Once the ranks are gone that wait ends by itself. Set by hand,
-        # because Python leaves Ctrl-C ignored where the shell did (`script &`).
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda number, frame: (interrupted.append(number), end_ranks()))
+    if args.executor == "slurm":
+        return slurm.launch(serialized(recipe), args, name, environment(args))
+    import nemo_run as run
+
+    executor, interrupted = local(args), []
+    # A handler and no KeyboardInterrupt: NeMo-Run waits for the job while the `with` below is left, in a thread
+    # pool that an exception would wait for too. Once the ranks are gone that wait ends by itself. Set by hand,
+    # because Python leaves Ctrl-C ignored where the shell did (`script &`).
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: (interrupted.append(number), end_ranks()))
     with run.Experiment(args.experiment, base_dir=str(Path.cwd()), skip_status_at_exit=True) as experiment:
         experiment.add(recipe, executor=executor, name=name)
-        experiment.run(detach=detach, tail_logs=not detach, sequential=not detach)
+        experiment.run(detach=False, tail_logs=True, sequential=True)
         job = experiment.jobs[0]
     if interrupted:
         return 130, ["interrupted; the same command goes on from the last checkpoint"]
     folder = Path(job.executor.job_dir)
-    if detach:
-        number = job.handle.rsplit("/", 1)[-1] if job.handle else None
-        script = folder.parent / f"{name}_sbatch.sh"
-        return (0, [f"submitted as job {number}", f"script: {script}"]) if number else (1, ["sbatch failed"])
     # Not experiment.status(): of a job that has ended it says RUNNING.
     if job.state.name == "SUCCEEDED":
         return 0, []
@@ -133,8 +115,16 @@ def failure(folder, lines=15):
 
 
 def launch_text(recipe, args, name):
-    """What NeMo-Run would start: the sbatch script, or the torchrun command. Nothing is started."""
-    executor = {"local": local, "slurm": slurm}[args.executor](args)
+    """What would be started: the Slurm job's files, written, or the torchrun command. Nothing is started."""
+    if args.executor == "slurm":
+        path = slurm.write(args, name, environment(args), serialized(recipe))
+        terminal.describe("launch", [("script", path), ("submit it", f"sbatch {shlex.quote(str(path))}")])
+        print(path.read_text(encoding="utf-8"))
+        return
+    import nemo_run as run
+    from nemo_run.core.frontend.console.api import CONSOLE
+
+    executor = local(args)
     CONSOLE.width = 1000  # else the script's lines are broken to fit the window, and can't be copied
     with run.Experiment(args.experiment, base_dir=str(Path.cwd()), skip_status_at_exit=True) as experiment:
         experiment.add(recipe, executor=executor, name=name)

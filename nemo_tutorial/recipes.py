@@ -137,6 +137,8 @@ def set_training(recipe, args):
     own = [run.Config(callbacks.Metrics, str(metrics.absolute()))]
     if args.exit_interval:
         own.append(run.Config(callbacks.ExitInterval, args.exit_interval))
+    if args.check_network:
+        own.append(run.Config(callbacks.NetworkCheck))
     trainer.callbacks = [*(trainer.callbacks or []), *own]
 
 

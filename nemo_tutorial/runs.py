@@ -14,12 +14,16 @@ from nemo_tutorial import (
     hub,
     megatron_data,
     models,
+    network,
     performance,
     preflight,
     schedule,
+    slurm,
     terminal,
     tokenization,
 )
+
+PREPARING = 6 * 3600  # seconds that the other nodes wait for the first one's preparation of the data
 
 
 @dataclass
@@ -333,7 +337,14 @@ def start(args, stage, source, build_recipe, prepare=None):
     `prepare` takes the recipe and does what must be done once, before there are ranks.
     """
     if args.dry_run == "plan":
+        if args.executor == "slurm":
+            from nemo_tutorial import executors
+
+            path = slurm.write(args, stage, executors.environment(args))
+            terminal.describe("slurm", [("script", path), ("complete", "--dry_run full writes the recipe beside it")])
         return
+    if args.executor == "local" and args.num_nodes > 1 and args.check_network:
+        _meet(args, network.SECONDS)
     began = time.monotonic()
     from nemo_tutorial import compat, executors, recipes
 
@@ -347,11 +358,16 @@ def start(args, stage, source, build_recipe, prepare=None):
         return
     for checkpoint in source.checkpoints():
         _check_content(checkpoint)
-    if prepare:
+    # Without Slurm each node has a launcher; the first does what is done once, and the others wait for it.
+    several = args.executor == "local" and args.num_nodes > 1
+    first = not several or os.environ["NODE_RANK"] == "0"
+    if prepare and first:
         try:
             prepare(recipe)
         except OSError as error:
             terminal.fail([f"before the launch: {error}"], code=1)
+    if several:
+        _meet(args, PREPARING)
     run = folder(args)
     (run / "record").mkdir(parents=True, exist_ok=True)
     history = record(run)
@@ -361,19 +377,40 @@ def start(args, stage, source, build_recipe, prepare=None):
         "restored_from": history.get("restored_from", str(source.restore_from) if source.restore_from else None),
         "starts": [*history.get("starts", []), {"flags": kept, "versions": compat.versions()}],
     }
-    partial = run / "record" / ".run.json.partial"
-    partial.write_text(json.dumps(history, indent=1, ensure_ascii=False), encoding="utf-8")
-    os.replace(partial, run / "record" / "run.json")
+    if first:
+        partial = run / "record" / ".run.json.partial"
+        partial.write_text(json.dumps(history, indent=1, ensure_ascii=False), encoding="utf-8")
+        os.replace(partial, run / "record" / "run.json")
     code, lines = executors.launch(recipe, args, stage)
     last = checkpoints.latest(run)
-    if code == 0 and args.executor == "local":
+    if code == 0 and (args.executor == "local" or args.wait):
         code, lines = _check_end(args, source, last)
-    rows = [("result", {0: "done", 1: "failed", 130: "interrupted"}[code])]
+    rows = [
+        (
+            "result",
+            {
+                0: "done",
+                1: "failed",
+                2: "nothing was started",
+                130: "interrupted",
+                143: "stopped with a checkpoint",
+            }.get(code, "failed"),
+        )
+    ]
     rows += [("", line) for line in lines]
     rows += [("last checkpoint", last or "none complete"), ("seconds", f"{time.monotonic() - began:.0f}")]
     terminal.describe(f"{stage} in {run}", rows)
     # Not sys.exit: threads of NeMo-Run and of the loggers may still wait for a job that is gone.
     os._exit(code)
+
+
+def _meet(args, seconds):
+    """Wait for the launchers on the other nodes; exit 2 with the mistake if they do not come, or are others."""
+    try:
+        hosts = network.meet(network.facts(args), args.num_nodes, seconds)
+    except ValueError as error:
+        terminal.fail(str(error).splitlines())
+    terminal.describe("network", [("nodes", ", ".join(f"{node} {host}" for node, host in enumerate(hosts)))])
 
 
 def _check_content(checkpoint):
