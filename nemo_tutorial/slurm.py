@@ -285,15 +285,17 @@ rm -f "$marker"
 # Ahead of the time limit, or by `scancel --signal=USR1 --batch`: the ranks save and stop. Slurm asks this shell only,
 # and srun passes it on to every rank.
 asked=no
+# shellcheck disable=SC2317 # called by trap
 warned() {{
     again=yes
     end=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/.*EndTime=\\([^ ]*\\).*/\\1/p')
-    left=$(($(date -d "$end" +%s 2>/dev/null || echo 0) - $(date +%s)))
+    left=$(($(date -d "$end" +%s 2>/dev/null || echo 9999999999) - $(date +%s)))
     asked=limit
     [ "$left" -gt $((save_before + {left})) ] && asked=person
-    say "warned, $left s before the time limit"
+    say "warned by USR1, $asked"
     kill -USR1 "$ranks" 2>/dev/null
 }}
+# shellcheck disable=SC2317
 stopped() {{
     again=yes
     asked=cancelled
@@ -324,7 +326,7 @@ if [ -s "$marker" ]; then
     exit 143
 fi
 if [ "$code" -eq 0 ]; then
-    say done
+    say "done"
 elif [ "$asked" = cancelled ]; then
     say "cancelled; the last complete checkpoint is whole"
 else
