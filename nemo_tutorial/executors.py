@@ -6,6 +6,7 @@ What became of a run, its log, its end, from the repository's root:
 """
 
 import contextlib
+import json
 import os
 import re
 import shlex
@@ -18,6 +19,10 @@ import psutil
 from nemo_tutorial import compat, slurm, terminal
 
 ROOT = Path(__file__).resolve().parents[1]
+# What torchrun passes on to the ranks, and how long it lets them save before it kills them: 30 s if it isn't told.
+SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
+SAVING = 1800
+PREEMPTED = "preempted.json"  # in a run's record/
 
 
 def environment(args):
@@ -26,6 +31,8 @@ def environment(args):
     if args.accelerator == "cpu":
         path.insert(0, str(ROOT / "nemo_tutorial" / "no_gpu"))
     values = {"PYTHONPATH": os.pathsep.join(filter(None, path)), "TOKENIZERS_PARALLELISM": "false"}
+    values |= {"TORCHELASTIC_SIGNALS_TO_HANDLE": SIGNALS, "PET_SIGNALS_TO_HANDLE": SIGNALS}  # by the age of torch
+    values["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(SAVING)
     if args.accelerator == "gpu":
         values |= {"TORCH_NCCL_AVOID_RECORD_STREAMS": "1", "NCCL_NVLS_ENABLE": "0"}
     if args.accelerator == "gpu" and args.tensor_model_parallel_size > 1:
@@ -58,9 +65,10 @@ def serialized(recipe):
 
 
 def launch(recipe, args, name):
-    """Run `recipe` and return (exit code, lines to show): 0 done or submitted, 1 failed, 130 interrupted.
+    """Run `recipe` and return (exit code, lines to show).
 
-    NeMo-Run itself returns normally from a job that failed, so its state is read.
+    0 done or submitted, 1 failed, 130 interrupted by Ctrl-C, 143 stopped by a signal. NeMo-Run itself returns normally
+    from a job that failed, so its state is read.
     """
     if args.executor == "slurm":
         return slurm.launch(serialized(recipe), args, name, environment(args))
@@ -70,19 +78,57 @@ def launch(recipe, args, name):
     # A handler and no KeyboardInterrupt: NeMo-Run waits for the job while the `with` below is left, in a thread
     # pool that an exception would wait for too. Once the ranks are gone that wait ends by itself. Set by hand,
     # because Python leaves Ctrl-C ignored where the shell did (`script &`).
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, frame: (interrupted.append(number), end_ranks()))
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, lambda number, frame: _on_signal(number, interrupted))
     with run.Experiment(args.experiment, base_dir=str(Path.cwd()), skip_status_at_exit=True) as experiment:
         experiment.add(recipe, executor=executor, name=name)
         experiment.run(detach=False, tail_logs=True, sequential=True)
         job = experiment.jobs[0]
-    if interrupted:
-        return 130, ["interrupted; the same command goes on from the last checkpoint"]
+    stopped = preempted(args)
+    if interrupted or stopped:
+        line = "interrupted; the same command goes on from the last checkpoint"
+        if stopped:
+            line = f"{stopped['signal']}: stopped after step {stopped['step']}; the same command goes on from there"
+        if signal.SIGINT in interrupted:
+            return 130, [line]
+        # Without a checkpoint of the last step it is a failure, to whoever started this.
+        return (143 if stopped else 1), [line]
     folder = Path(job.executor.job_dir)
     # Not experiment.status(): of a job that has ended it says RUNNING.
     if job.state.name == "SUCCEEDED":
         return 0, []
     return 1, failure(folder)
+
+
+def _on_signal(number, interrupted):
+    """The first signal asks the ranks to save and stop; a second one ends them."""
+    interrupted.append(number)
+    found = ranks()
+    if len(interrupted) > 1 or not found:
+        end_ranks(seconds=1 if len(interrupted) > 1 else 20)
+        return
+    print(f"{signal.Signals(number).name}: a checkpoint after this step, then the end; again: at once", flush=True)
+    for process in found:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.send_signal(signal.SIGTERM)
+
+
+def ranks():
+    """The processes of this run's ranks on this machine: what torchrun has started."""
+    found = []
+    for process in psutil.Process().children():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if any("torchrun" in word for word in process.cmdline()):
+                found += process.children()
+    return found
+
+
+def preempted(args):
+    """What the ranks wrote when a signal stopped them after a checkpoint: {"step", "signal", "checkpoint"}, or None."""
+    try:
+        return json.loads(Path("results", args.experiment, "record", PREEMPTED).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
 
 
 def end_ranks(seconds=20):

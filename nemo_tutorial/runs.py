@@ -381,22 +381,13 @@ def start(args, stage, source, build_recipe, prepare=None):
         partial = run / "record" / ".run.json.partial"
         partial.write_text(json.dumps(history, indent=1, ensure_ascii=False), encoding="utf-8")
         os.replace(partial, run / "record" / "run.json")
+        (run / "record" / executors.PREEMPTED).unlink(missing_ok=True)
     code, lines = executors.launch(recipe, args, stage)
     last = checkpoints.latest(run)
     if code == 0 and (args.executor == "local" or args.wait):
         code, lines = _check_end(args, source, last)
-    rows = [
-        (
-            "result",
-            {
-                0: "done",
-                1: "failed",
-                2: "nothing was started",
-                130: "interrupted",
-                143: "stopped with a checkpoint",
-            }.get(code, "failed"),
-        )
-    ]
+    words = {0: "done", 2: "nothing was started", 130: "interrupted", 143: "stopped by a signal"}
+    rows = [("result", words.get(code, "failed"))]
     rows += [("", line) for line in lines]
     rows += [("last checkpoint", last or "none complete"), ("seconds", f"{time.monotonic() - began:.0f}")]
     terminal.describe(f"{stage} in {run}", rows)

@@ -84,7 +84,7 @@ def build_recipe(args, model, source, blend):
     recipes.set_training(recipe, args)
     recipes.set_precision(recipe, args)
     recipes.set_performance(recipe, args)
-    recipes.set_checkpointing(recipe, args, source.resume_from, source.restore_from)
+    recipes.set_checkpointing(recipe, args, source.restore_from)
     recipes.set_wandb(recipe, args)
     return recipe
 
