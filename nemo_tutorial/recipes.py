@@ -21,9 +21,11 @@ from nemo_tutorial import (
     memory,
     metrics,
     models,
+    network_check,
     overrides,
     performance,
     progress,
+    resume,
     samples,
     throughput,
 )
@@ -155,6 +157,9 @@ def set_training(recipe, args):
         own.append(run.Config(hooks.SaveInterval, args.save_interval))
     if args.recompute == "full" and args.peft:
         own.append(run.Config(hooks.InputGradients))
+    if args.check_network:
+        own.append(run.Config(network_check.NetworkCheck))
+    own.append(run.Config(callbacks.Preemption, str(record / "preempted.json")))
     trainer.callbacks = [*(trainer.callbacks or []), *own]
 
 
@@ -234,10 +239,11 @@ def set_performance(recipe, args, settings=None):
                 setattr(node, name, value)
 
 
-def set_checkpointing(recipe, args, resume_from, restore_from):
+def set_checkpointing(recipe, args, restore_from):
     """A checkpoint after each validation, the best kept; where the weights come from.
 
-    `resume_from` continues a run (weights, optimizer, step, data order); `restore_from` gives only weights.
+    A run that has a checkpoint goes on from it: weights, optimizer, step, data order. Else `restore_from`, if it is
+    not None, gives the weights.
     """
     log = recipe.log
     log.log_dir = str(Path("results").absolute())
@@ -256,15 +262,11 @@ def set_checkpointing(recipe, args, resume_from, restore_from):
         save_optim_on_train_end=True,  # else the run can't go on from its last checkpoint
         filename="{model_name}--{val_loss:.2f}-{step}-{consumed_samples}",
     )
-    # The launcher chose the checkpoint (newest by step, complete): NeMo's own choice goes by file time.
     recipe.resume = run.Config(
-        nl.AutoResume,
-        resume_from_path=str(Path(resume_from).absolute()) if resume_from else None,
-        restore_config=run.Config(nl.RestoreConfig, path=str(Path(restore_from).absolute()))
-        if restore_from and not resume_from
-        else None,
+        resume.NewestComplete,
+        run=str(Path("results", args.experiment).absolute()),
+        restore_config=run.Config(nl.RestoreConfig, path=str(Path(restore_from).absolute())) if restore_from else None,
         resume_if_exists=True,
-        resume_ignore_no_checkpoint=True,  # else a run from scratch stops with NotFoundError
     )
 
 

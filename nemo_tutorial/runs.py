@@ -16,6 +16,7 @@ from nemo_tutorial import (
     megatron_data,
     metrics,
     models,
+    network,
     options,
     performance,
     plan,
@@ -23,10 +24,13 @@ from nemo_tutorial import (
     questions,
     report,
     schedule,
+    slurm,
     terminal,
     tokenization,
     trust,
 )
+
+PREPARING = 6 * 3600  # seconds that the other nodes wait for the first one's preparation of the data
 
 
 @dataclass
@@ -353,7 +357,14 @@ def start(args, stage, source, build_recipe, prepare=None):
     `prepare` takes the recipe and does what must be done once, before there are ranks.
     """
     if args.dry_run == "plan":
+        if args.executor == "slurm":
+            from nemo_tutorial import executors
+
+            path = slurm.write(args, stage, executors.environment(args))
+            terminal.describe("slurm", [("script", path), ("complete", "--dry_run full writes the recipe beside it")])
         return
+    if args.executor == "local" and args.num_nodes > 1 and args.check_network:
+        _meet(args, network.SECONDS)
     began = time.monotonic()
     from nemo_tutorial import compat, executors, recipes
 
@@ -368,11 +379,16 @@ def start(args, stage, source, build_recipe, prepare=None):
         return
     for checkpoint in source.checkpoints():
         _check_content(checkpoint)
-    if prepare:
+    # Without Slurm each node has a launcher; the first does what is done once, and the others wait for it.
+    several = args.executor == "local" and args.num_nodes > 1
+    first = not several or os.environ["NODE_RANK"] == "0"
+    if prepare and first:
         try:
             prepare(recipe)
         except OSError as error:
             terminal.fail([f"before the launch: {error}"], code=1)
+    if several:
+        _meet(args, PREPARING)
     run = folder(args)
     (run / "record").mkdir(parents=True, exist_ok=True)
     if args.generate_prompts:
@@ -393,15 +409,18 @@ def start(args, stage, source, build_recipe, prepare=None):
             {"flags": kept, "versions": compat.versions(), "command": report.command(), "began": time.time()},
         ],
     }
-    report.keep_lineage(run, history)
-    partial = run / "record" / ".run.json.partial"
-    partial.write_text(json.dumps(history, indent=1, ensure_ascii=False), encoding="utf-8")
-    os.replace(partial, run / "record" / "run.json")
+    if first:
+        report.keep_lineage(run, history)
+        partial = run / "record" / ".run.json.partial"
+        partial.write_text(json.dumps(history, indent=1, ensure_ascii=False), encoding="utf-8")
+        os.replace(partial, run / "record" / "run.json")
+        (run / "record" / executors.PREEMPTED).unlink(missing_ok=True)
     code, lines = executors.launch(recipe, args, stage)
     last = checkpoints.latest(run)
-    if code == 0 and args.executor == "local":
+    if code == 0 and (args.executor == "local" or args.wait):
         code, lines = _check_end(args, source, last)
-    rows = [("result", {0: "done", 1: "failed", 130: "interrupted"}[code])]
+    words = {0: "done", 2: "nothing was started", 130: "interrupted", 143: "stopped by a signal"}
+    rows = [("result", words.get(code, "failed"))]
     rows += [("", line) for line in lines]
     if args.executor == "local":
         report.write(run, rows[0][1])
@@ -410,6 +429,15 @@ def start(args, stage, source, build_recipe, prepare=None):
     terminal.describe(f"{stage} in {run}", rows)
     # Not sys.exit: threads of NeMo-Run and of the loggers may still wait for a job that is gone.
     os._exit(code)
+
+
+def _meet(args, seconds):
+    """Wait for the launchers on the other nodes; exit 2 with the mistake if they do not come, or are others."""
+    try:
+        hosts = network.meet(network.facts(args), args.num_nodes, seconds)
+    except ValueError as error:
+        terminal.fail(str(error).splitlines())
+    terminal.describe("network", [("nodes", ", ".join(f"{node} {host}" for node, host in enumerate(hosts)))])
 
 
 def _check_content(checkpoint):
