@@ -10,7 +10,7 @@ STARTED = ("config", "dry_run", "executor", "account", "partition", "container_i
 
 
 def read(path, parser):
-    """A file's flags as words for `parser`, and its recipe or None. Raises ValueError with all that is wrong."""
+    """A file's flags as words for `parser`, `overrides`, and recipe or None. Raises ValueError with all mistakes."""
     import yaml  # not above: --help needs only the standard library
 
     try:
@@ -64,14 +64,30 @@ def flags(args, parser):
     return found
 
 
-def text(flags, overrides, recipe):
-    """The YAML of a run; `recipe` is NeMo-Run's own YAML of it."""
+def text(flags, recipe):
+    """The YAML of a run; `recipe` is NeMo-Run's own YAML of it, with all overrides in it."""
     import yaml
 
     head = yaml.safe_dump(flags, sort_keys=False, allow_unicode=True)
-    if overrides:
-        head += yaml.safe_dump({"overrides": overrides})
     return head + "recipe:\n" + "".join(f"  {line}\n" for line in recipe.splitlines())
+
+
+def differences(ours, theirs):
+    """Where two recipes, as YAML, differ: {dotted path: (value of ours, of theirs)}; what one lacks is None."""
+    import yaml
+
+    def leaves(node, path=""):
+        if not isinstance(node, (dict, list)) or not node:
+            return {path: node}
+        items = node.items() if isinstance(node, dict) else ((f"[{index}]", value) for index, value in enumerate(node))
+        found = {}
+        for name, value in items:
+            found |= leaves(value, f"{path}{name}" if str(name).startswith("[") else f"{path}.{name}".lstrip("."))
+        return found
+
+    ours, theirs = leaves(yaml.safe_load(ours)), leaves(yaml.safe_load(theirs))
+    paths = sorted(ours.keys() | theirs.keys())
+    return {path: (ours.get(path), theirs.get(path)) for path in paths if ours.get(path) != theirs.get(path)}
 
 
 def load(content):

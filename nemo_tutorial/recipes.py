@@ -10,7 +10,19 @@ from nemo.collections import llm
 from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTokenizer
 from nemo.lightning import io
 
-from nemo_tutorial import callbacks, compat, config, conversion, cpu, hooks, memory, models, overrides, performance
+from nemo_tutorial import (
+    callbacks,
+    compat,
+    config,
+    conversion,
+    cpu,
+    hooks,
+    memory,
+    models,
+    overrides,
+    performance,
+    terminal,
+)
 
 # The fields of a NeMo config that say what the model is; all others say how it runs, and stay the recipe's.
 ARCHITECTURE = (
@@ -271,6 +283,9 @@ def resolved(recipe, args):
     if args.recipe is not None:
         given = config.load(args.recipe)
         given.resume = recipe.resume
+        found = config.differences(as_text(recipe), as_text(given))
+        rows = [(path, f"{theirs!r}, by the flags {ours!r}") for path, (ours, theirs) in found.items()]
+        terminal.describe(f"recipe of {args.config}", rows or [("as the flags make it", "")])
         recipe = given
     overrides.apply(recipe, args.overrides)
     return recipe
