@@ -6,7 +6,18 @@ from pathlib import Path
 HEAD = "--- # "  # YAML's own marks around a document, so that it can be cut out of what is printed
 TAIL = "..."
 # Flags that a recipe that is given in full does not hold: how it is started, not what it does.
-STARTED = ("config", "dry_run", "executor", "account", "partition", "container_image", "time", "gpu_memory")
+STARTED = (
+    "config",
+    "dry_run",
+    "executor",
+    "account",
+    "partition",
+    "container_image",
+    "time",
+    "gpu_memory",
+    "hf_token",
+    "wandb_token",
+)
 
 
 def read(path, parser):
