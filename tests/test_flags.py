@@ -157,7 +157,7 @@ OWN = {
             "--packed_sequence_size 128",
             lambda r: r.recipe.data.packed_sequence_specs.packed_sequence_size == 128,
         ),
-        "--overlong": ("-s 16 --overlong error --no_packing", refused("--overlong error: 128 rows")),
+        "--overlong": ("-s 16 --overlong error --no_packing", refused("--overlong error: 64 rows")),
         "--show_samples": ("--show_samples 3", lambda r: r.said.out.count("玉山。") >= 3),
         "--peft": (PEFT, lambda r: r.recipe.peft.__fn_or_cls__.__name__ == "LoRA"),
         "--lora_rank": (PEFT + "--lora_rank 4", lambda r: (r.recipe.peft.dim, r.recipe.peft.alpha) == (4, 8)),
@@ -206,16 +206,16 @@ def plain():
 @pytest.mark.parametrize("kind, flag", ALL)
 def test_flag(build, plain, kind, flag):
     words, expected = cases(kind)[flag]
-    assert flag in words or flag in ("--dataset_path", "--nemo_model") or words.startswith("-") or not words
     if isinstance(expected, tuple):
-        with pytest.raises(Refused, match="") as error:
+        with pytest.raises(Refused) as error:
             build(kind, words)
         assert expected[1] in str(error.value)
         return
     assert expected(build(kind, words))
     if flag in ("--dataset_path", "--nemo_model"):  # always there
         return
-    plain.setdefault(kind, build(kind, ""))
+    if kind not in plain:
+        plain[kind] = build(kind, "")
     try:
         without = expected(plain[kind])
     except (AttributeError, TypeError):
