@@ -18,7 +18,7 @@ from pathlib import Path
 # Nothing is installed: make the repository root importable, wherever the script is started from.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from nemo_tutorial import arguments, checkpoints, hub, models, preflight, runs, terminal
+from nemo_tutorial import arguments, checkpoints, hub, models, preflight, runs, terminal, trust
 
 
 def parse_args(argv=None):
@@ -31,6 +31,7 @@ def parse_args(argv=None):
         "--max_shard_size", type=arguments.file_size, metavar="SIZE", help="largest safetensors file [5GB]"
     )
     arguments.add_verify(parser)
+    arguments.add_trust(parser)
     parser.add_argument("--push_to_hub", metavar="OWNER/NAME", help="upload the folder to this model of the Hub")
     parser.add_argument("--private", action="store_true", help="create the model of --push_to_hub as a private one")
     arguments.add_dry_run(parser)
@@ -96,6 +97,7 @@ def main(argv=None):
     if not problems:
         try:
             model = models.from_nemo(source)
+            problems += trust.refusals("--source", source, args.trust_checkpoint)
             size = model.parameters * (4 if args.dtype == "float32" else 2)
             size = checkpoints.size(source / "weights") if args.adapter_only else size
             problems += preflight.disk_problems(args.output_path, size, f"--output_path {args.output_path}")
@@ -114,6 +116,7 @@ def main(argv=None):
             ),
             ("dtype", args.dtype),
             ("output", f"{args.output_path}, an adapter for peft" if args.adapter_only else args.output_path),
+            ("advisories", trust.advisories()),
             ("upload", args.push_to_hub and args.push_to_hub + (" (private)" if args.private else "")),
         ],
     )

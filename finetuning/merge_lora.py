@@ -16,7 +16,7 @@ from pathlib import Path
 # Nothing is installed: make the repository root importable, wherever the script is started from.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from nemo_tutorial import arguments, checkpoints, models, preflight, terminal
+from nemo_tutorial import arguments, checkpoints, models, preflight, terminal, trust
 
 
 def parse_args(argv=None):
@@ -24,6 +24,7 @@ def parse_args(argv=None):
     parser.add_argument("--source", required=True, help="LoRA checkpoint: a folder with weights/ and context/")
     parser.add_argument("--base", help="the model it was trained on, if that has moved [where it was then]")
     arguments.add_output(parser, "the merged NeMo checkpoint")
+    arguments.add_trust(parser)
     arguments.add_dry_run(parser)
     return parser.parse_args(argv)
 
@@ -60,6 +61,9 @@ def main(argv=None):
     base = None
     if not problems:
         base, problems = base_model(args)
+    if not problems:
+        problems += trust.refusals("--source", args.source, args.trust_checkpoint)
+        problems += trust.refusals("--base" if args.base else "--source: its base model", base, args.trust_checkpoint)
     problems += preflight.output_problems(args, [args.source, *([base] if base else [])])
     preflight.report(problems)
     size = checkpoints.size(Path(base) / "weights")
@@ -69,6 +73,7 @@ def main(argv=None):
             ("adapter", args.source),
             ("base model", f"{base}, {terminal.number(models.from_nemo(base).parameters)} parameters"),
             ("output", f"{args.output_path}, at most {terminal.gigabytes(size)}"),
+            ("advisories", trust.advisories()),
         ],
     )
     if args.dry_run:

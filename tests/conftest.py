@@ -4,6 +4,7 @@ import contextlib
 import importlib.util
 import json
 import os
+import pickle
 import struct
 import subprocess
 import sys
@@ -126,9 +127,11 @@ def _fiddle_object(objects, path, module, name, leaves, references):
     config = {"type": "pyref", "module": "fiddle._src.config", "name": "Config"}
     traverser = {"type": "pyref", "module": "fiddle._src.config", "name": "BuildableTraverserMetadata"}
     number = len(objects)
+    tuple_ = {"type": "pyref", "module": "builtins", "name": "tuple"}
+    names = {"type": tuple_, "items": [["", key] for key in (*leaves, *references)]}
     objects[f"buildable_traverser_metadata_{number}"] = {
         "type": traverser,
-        "items": [["Attr(name='fn_or_cls')", {"type": "pyref", "module": module, "name": name}]],
+        "items": [["Attr(name='fn_or_cls')", {"type": "pyref", "module": module, "name": name}], ["", names]],
         "metadata": traverser,
     }
     items = [
@@ -163,7 +166,7 @@ def nemo_checkpoint():
         (path / "context" / "nemo_tokenizer").mkdir(parents=True)
         (path / "context" / "nemo_tokenizer" / "config.json").write_text(json.dumps(config))
         for name in (".metadata", "common.pt", "__0_0.distcp"):
-            (path / "weights" / name).write_bytes(b"\x00")
+            (path / "weights" / name).write_bytes(pickle.dumps({}))
         (path / "weights" / "metadata.json").write_text('{"sharded_backend": "torch_dist"}')
         if base:
             (path / "weights" / "adapter_metadata.json").write_text(json.dumps({"model_ckpt_path": str(base)}))

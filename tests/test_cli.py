@@ -16,7 +16,7 @@ HEAVY = ("torch", "nemo", "nemo_run", "numpy", "transformers", "megatron", "ligh
 TRAINING = """
     --executor -E --experiment -N --num_nodes -G --num_gpus --accelerator -a --account -p --partition
     -i --container_image --time --dry_run
-    -M --model_size --hf_model_id --hf_token -n --nemo_model -s --seq_length
+    -M --model_size --hf_model_id --hf_token -n --nemo_model -s --seq_length --trust_checkpoint
     --max_steps --exit_interval -g --global_batch_size -m --micro_batch_size --lr --min_lr --warmup_steps
     --val_check_interval --limit_val_batches --save_top_k --seed --num_workers --precision --fp8 --fp8_recipe
     --performance
@@ -26,7 +26,8 @@ TRAINING = """
     --gpu_memory --recompute --recompute_modules --recompute_method --recompute_num_layers
     --use_precision_aware_optimizer --exp_avg_dtype --exp_avg_sq_dtype --main_params_dtype --main_grads_dtype
     --virtual_pipeline_model_parallel_size --expert_tensor_parallel_size
-    --wandb --wandb_project --wandb_name --wandb_token
+    --log_interval --generate_prompts --generate_tokens
+    --wandb --wandb_project --wandb_name --wandb_token --mlflow
 """
 # Frozen: a flag may be added here, never taken away or renamed.
 FLAGS = {
@@ -35,7 +36,7 @@ FLAGS = {
     """,
     "convert_ckpt/convert_from_nemo_to_hf.py": """
         --source --output_path --overwrite --adapter_only --dtype --max_shard_size --verify --push_to_hub --private
-        --dry_run
+        --trust_checkpoint --dry_run
     """,
     "data/download_pretrain_data.py": """
         --dataset --subset --split --revision --text_column --limit --output_path --overwrite --dry_run
@@ -59,7 +60,7 @@ FLAGS = {
     "finetuning/generate.py": """
         --model --prompt --questions --system_prompt --limit --max_new_tokens --trust_remote_code --output_path
     """,
-    "finetuning/merge_lora.py": "--source --base --output_path --overwrite --dry_run",
+    "finetuning/merge_lora.py": "--source --base --output_path --overwrite --trust_checkpoint --dry_run",
     "pretraining/pretrain.py": TRAINING + "--split",
 }
 TRAINING_SCRIPTS = ("pretraining/pretrain.py", "finetuning/finetune.py")

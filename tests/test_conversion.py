@@ -272,7 +272,10 @@ def test_remote_code(stages, many, tmp_path):
     code, said = many("convert_ckpt/convert_from_hf_to_nemo.py", [*flags, "--trust_remote_code"])
     assert code == 0 and ran.exists(), said
     flags = ["--source", many.folder / "own", "--output_path", many.folder / "own_hf"]
+    ran.unlink()
     code, said = many("convert_ckpt/convert_from_nemo_to_hf.py", flags)
+    assert code == 2 and "auto_map" in said and "--trust_checkpoint" in said and not ran.exists(), said
+    code, said = many("convert_ckpt/convert_from_nemo_to_hf.py", [*flags, "--trust_checkpoint"])
     assert code == 0, said
     assert_same(hf_tensors(many.folder / "own_hf"), hf_tensors(source))
     for name in ("config.json", "tokenizer_config.json", "tokenization_own.py", "modeling_own.py"):

@@ -65,5 +65,5 @@ def test_sbatch_script_is_the_golden_one_and_holds_no_token(stages):
     assert (document["num_nodes"], document["experiment"]) == (2, "golden")
     assert document["recipe"]["trainer"]["strategy"]["tensor_model_parallel_size"] == 2
     # The recipe, too, is shown with what was corrected.
-    assert "tensor_model_parallel_size: 2" in result.stdout and "resume_ignore_no_checkpoint: true" in result.stdout
+    assert "tensor_model_parallel_size: 2" in result.stdout and "nemo_tutorial.resume.NewestComplete" in result.stdout
     assert "sequence_parallel: true" in result.stdout

@@ -6,6 +6,7 @@ A refused command exits 2, says the flag and the value, and leaves every file as
 import importlib.util
 import json
 import os
+import pickle
 import re
 import struct
 from pathlib import Path
@@ -59,9 +60,16 @@ def nemo_checkpoint(path, data=None, nemo_model="LlamaModel", adapter_of=None, *
     """A folder that passes for a NeMo 2 checkpoint, with nothing in its weights."""
 
     def config(paths, name, values):
-        objects[f"{name}_class"] = {"items": [["Attr(name='fn_or_cls')", {"type": "pyref", "name": name}]]}
+        module = {"AutoTokenizer": "nemo.collections.common.tokenizers.huggingface.auto_tokenizer"}.get(
+            name, f"nemo.collections.llm.gpt.{'data.api' if name == data else 'model.llama'}"
+        )
+        fiddle = {"type": "pyref", "module": "fiddle._src.config", "name": "Config"}
+        names = {"type": fiddle | {"module": "builtins", "name": "tuple"}, "items": [["", key] for key in values]}
+        called = {"type": "pyref", "module": module, "name": name}
+        objects[f"{name}_class"] = {"type": fiddle, "items": [["Attr(name='fn_or_cls')", called], ["", names]]}
         items = [[f"Attr(name='{key}')", {"type": "leaf", "value": value}] for key, value in values.items()]
-        objects[name] = {"items": items, "paths": [paths], "metadata": {"type": "ref", "key": f"{name}_class"}}
+        metadata = {"type": "ref", "key": f"{name}_class"}
+        objects[name] = {"type": fiddle, "items": items, "paths": [paths], "metadata": metadata}
 
     path, objects = Path(path), {}
     config("<root>.model", nemo_model, {})
@@ -75,7 +83,7 @@ def nemo_checkpoint(path, data=None, nemo_model="LlamaModel", adapter_of=None, *
     (path / "context" / "nemo_tokenizer" / "config.json").write_text(json.dumps(HF_CONFIG))
     (path / "context" / "nemo_tokenizer" / "tokenizer.json").write_text("{}")
     for name in ("metadata.json", ".metadata", "common.pt", "__0_0.distcp"):
-        (path / "weights" / name).write_text("x")
+        (path / "weights" / name).write_bytes(pickle.dumps({}))
     if adapter_of:
         (path / "weights" / "adapter_metadata.json").write_text(json.dumps({"model_ckpt_path": str(adapter_of)}))
     return path

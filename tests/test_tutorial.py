@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import re
 import struct
 import subprocess
@@ -38,6 +39,10 @@ NEMO_8B = {
     "seq_length": 131072,
     "share_embeddings_and_output_weights": False,
 }
+
+LLAMA = "nemo.collections.llm.gpt.model.llama"
+TOKENIZERS = "nemo.collections.common.tokenizers.huggingface.auto_tokenizer"
+DATA = "nemo.collections.llm.gpt.data.pre_training"
 
 IMPORT = r"""
 HF_MODEL_ID=Llama-3.1-8B-Instruct
@@ -153,12 +158,16 @@ def io_json(data_module):
         return {"type": "leaf", "value": value}
 
     def add(key, path, cls, items):
+        module = {"AutoTokenizer": TOKENIZERS, "LlamaModel": LLAMA, "Llama31Config8B": LLAMA}.get(cls, DATA)
+        names = {"type": {"type": "pyref", "module": "builtins", "name": "tuple"}, "items": [["", n] for n in items]}
         objects[f"{key}_cls"] = {
-            "items": [["Attr(name='fn_or_cls')", {"type": "pyref", "module": "nemo", "name": cls}]],
+            "type": {"type": "pyref", "module": "fiddle._src.config", "name": "BuildableTraverserMetadata"},
+            "items": [["Attr(name='fn_or_cls')", {"type": "pyref", "module": module, "name": cls}], ["", names]],
             "metadata": [],
             "paths": [],
         }
         objects[key] = {
+            "type": {"type": "pyref", "module": "fiddle._src.config", "name": "Config"},
             "items": [[f"Attr(name='{name}')", value] for name, value in items.items()],
             "metadata": {"type": "ref", "key": f"{key}_cls"},
             "paths": [path],
@@ -178,7 +187,7 @@ def io_json(data_module):
 def nemo_checkpoint(path, data_module=None):
     (path / "weights").mkdir(parents=True)
     for name in ("metadata.json", ".metadata", "common.pt", "__0_0.distcp"):
-        (path / "weights" / name).touch()
+        (path / "weights" / name).write_bytes(pickle.dumps({}))
     (path / "context" / "nemo_tokenizer").mkdir(parents=True)
     (path / "context" / "io.json").write_text(io_json(data_module))
     (path / "context" / "nemo_tokenizer" / "config.json").write_text(json.dumps(LLAMA_8B))
