@@ -6,17 +6,10 @@ from pathlib import Path
 HEAD = "--- # "  # YAML's own marks around a document, so that it can be cut out of what is printed
 TAIL = "..."
 # Flags that a recipe that is given in full does not hold: how it is started, not what it does.
-STARTED = (
-    "config",
-    "dry_run",
-    "executor",
-    "account",
-    "partition",
-    "container_image",
-    "time",
-    "gpu_memory",
-    "hf_token",
-    "wandb_token",
+STARTED = tuple(
+    "config dry_run executor gpu_memory hf_token wandb_token trust_checkpoint account partition qos time gres mem "
+    "exclusive constraint nodelist container_image container mount setup env srun_arg sbatch_arg wait chain "
+    "save_before".split()
 )
 
 

@@ -141,7 +141,7 @@ def test_changes_of_the_recipe(build):
         ("optim.lr_schedulr.x=0.1", "did you mean optim.lr_scheduler?"),
         ("trainer.callbacks[9].x=1", "trainer.callbacks has no [9]"),
         ("trainer.max_epochs.x=1", "which has no x"),
-        ("trainer.log_every_n_steps=often", "trainer.log_every_n_steps=often"),
+        ("optim.config.weight_decay=often", "optim.config.weight_decay=often"),
     ],
 )
 def test_misspelt_changes(build, word, message, capsys):
