@@ -1,5 +1,6 @@
 """A run in a file: the flags as YAML, and perhaps a whole recipe, as --dry_run full prints it."""
 
+import argparse
 import difflib
 from pathlib import Path
 
@@ -51,9 +52,11 @@ def _words(flag, action, value, parser):
             return [flag]
         no = f"--no_{flag[2:]}"
         return [no] if value is False and no in parser._option_string_actions else []
-    if isinstance(value, list):
-        return [flag, *map(str, value)]
-    return [flag] if value == "" and action.nargs == "?" else [flag, str(value)]
+    values = value if isinstance(value, list) else [value]
+    if isinstance(value, list) and not isinstance(action, argparse._AppendAction):
+        return [flag, *map(str, values)]
+    # With =, because a value may begin with a dash.
+    return [flag] if value == "" and action.nargs == "?" else [f"{flag}={one}" for one in values]
 
 
 def flags(args, parser):

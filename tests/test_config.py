@@ -30,6 +30,9 @@ def test_a_file_and_flags_over_it(parse):
     args = parse("--config {FILE} --max_steps 9", content)
     assert (args.dataset_path, args.max_steps, args.lr, args.fp8) == (["a", "b"], 9, 1e-4, True)
     assert args.micro_batch_size == 2
+    slurm = {"dataset_path": "x", "srun_arg": ["--cpu-bind=cores", "-K"], "setup": "module load x"}
+    args = parse("--config {FILE}", slurm)
+    assert (args.srun_arg, args.setup) == (["--cpu-bind=cores", "-K"], ["module load x"])
     assert parse("--max_steps 9 --config={FILE} -D c", content).dataset_path == ["c"]
     assert vars(parse("--config {FILE}", content)).keys() == vars(parse("-D x")).keys()
 
