@@ -33,7 +33,7 @@ def tuned_stages(stages, write_rows):
     (stages / "hf_model/other/tokenizer.json").write_text(json.dumps(tokenizer))
     config = json.loads((stages / "hf_model/experts/config.json").read_text())
     config |= {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "num_local_experts": 4}
-    config |= {"num_experts_per_tok": 2, "sliding_window": None}
+    config |= {"num_experts_per_tok": 2, "sliding_window": None, "rope_scaling": None}
     (stages / "hf_model/experts/config.json").write_text(json.dumps(config))
     return stages
 

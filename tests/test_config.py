@@ -201,10 +201,10 @@ def test_a_changed_recipe_in_a_file_is_what_runs(build, tmp_path):
     content["recipe"]["optim"]["config"]["adam_beta2"] = 0.5
     file = tmp_path / "run.yaml"
     file.write_text(json.dumps(content), encoding="utf-8")  # JSON is YAML
-    run = build("pretrain", f"--config {file}", base="")
+    run = build("pretrain", f"--config {file} --dry_run full", base="")
     assert run.recipe.optim.config.adam_beta2 == 0.5
     assert "optim.config.adam_beta2  0.5, by the flags 0.95" in run.said.out
     content["recipe"]["optim"]["_target_"] = "nemo.lightning.NoSuchOptimizer"
     file.write_text(json.dumps(content), encoding="utf-8")
     with pytest.raises(ValueError, match="names nemo.lightning.NoSuchOptimizer, which is not there"):
-        build("pretrain", f"--config {file}", base="")
+        build("pretrain", f"--config {file} --dry_run full", base="")
