@@ -65,8 +65,7 @@ class Parser(argparse.ArgumentParser):
         first, others, problems = overrides.as_flags(file_changes, known)
         last, more, wrong = overrides.as_flags(changes, known)
         if recipe is not None:
-            others, more = file_changes, changes
-            problems += self._not_in_recipe(argv, path)
+            problems += self._not_in_recipe([*first, *argv, *last], path)
         if problems + wrong:
             raise ValueError("\n".join(problems + wrong))
         return [*words, *first, *argv, *last], others + more, recipe

@@ -1,16 +1,21 @@
 """A run in a file: the flags as YAML, and perhaps a whole recipe, as --dry_run full prints it."""
 
+import argparse
 import difflib
 from pathlib import Path
 
 HEAD = "--- # "  # YAML's own marks around a document, so that it can be cut out of what is printed
 TAIL = "..."
 # Flags that a recipe that is given in full does not hold: how it is started, not what it does.
-STARTED = ("config", "dry_run", "executor", "account", "partition", "container_image", "time", "gpu_memory")
+STARTED = tuple(
+    "config dry_run executor gpu_memory hf_token wandb_token trust_checkpoint account partition qos time gres mem "
+    "exclusive constraint nodelist container_image container mount setup env srun_arg sbatch_arg wait chain "
+    "save_before".split()
+)
 
 
 def read(path, parser):
-    """A file's flags as words for `parser`, and its recipe or None. Raises ValueError with all that is wrong."""
+    """A file's flags as words for `parser`, `overrides`, and recipe or None. Raises ValueError with all mistakes."""
     import yaml  # not above: --help needs only the standard library
 
     try:
@@ -47,9 +52,11 @@ def _words(flag, action, value, parser):
             return [flag]
         no = f"--no_{flag[2:]}"
         return [no] if value is False and no in parser._option_string_actions else []
-    if isinstance(value, list):
-        return [flag, *map(str, value)]
-    return [flag] if value == "" and action.nargs == "?" else [flag, str(value)]
+    values = value if isinstance(value, list) else [value]
+    if isinstance(value, list) and not isinstance(action, argparse._AppendAction):
+        return [flag, *map(str, values)]
+    # With =, because a value may begin with a dash.
+    return [flag] if value == "" and action.nargs == "?" else [f"{flag}={one}" for one in values]
 
 
 def flags(args, parser):
@@ -64,14 +71,30 @@ def flags(args, parser):
     return found
 
 
-def text(flags, overrides, recipe):
-    """The YAML of a run; `recipe` is NeMo-Run's own YAML of it."""
+def text(flags, recipe):
+    """The YAML of a run; `recipe` is NeMo-Run's own YAML of it, with all overrides in it."""
     import yaml
 
     head = yaml.safe_dump(flags, sort_keys=False, allow_unicode=True)
-    if overrides:
-        head += yaml.safe_dump({"overrides": overrides})
     return head + "recipe:\n" + "".join(f"  {line}\n" for line in recipe.splitlines())
+
+
+def differences(ours, theirs):
+    """Where two recipes, as YAML, differ: {dotted path: (value of ours, of theirs)}; what one lacks is None."""
+    import yaml
+
+    def leaves(node, path=""):
+        if not isinstance(node, (dict, list)) or not node:
+            return {path: node}
+        items = node.items() if isinstance(node, dict) else ((f"[{index}]", value) for index, value in enumerate(node))
+        found = {}
+        for name, value in items:
+            found |= leaves(value, f"{path}{name}" if str(name).startswith("[") else f"{path}.{name}".lstrip("."))
+        return found
+
+    ours, theirs = leaves(yaml.safe_load(ours)), leaves(yaml.safe_load(theirs))
+    paths = sorted(ours.keys() | theirs.keys())
+    return {path: (ours.get(path), theirs.get(path)) for path in paths if ours.get(path) != theirs.get(path)}
 
 
 def load(content):

@@ -40,18 +40,17 @@ class EarlyStop(EarlyStopping):
         self.path = path
 
     def on_validation_end(self, trainer, pl_module):
+        before = trainer.should_stop  # perhaps by an exit interval
         super().on_validation_end(trainer, pl_module)
-        if self.has_stopped(trainer) and trainer.is_global_zero:
+        # Any rank's decision stops all of them.
+        stopped = trainer.should_stop and (not before or self.wait_count >= self.patience)
+        if stopped and trainer.is_global_zero:
             found = {
                 "step": trainer.global_step,
                 "best": float(self.best_score),
                 "last": float(trainer.callback_metrics["val_loss"]),
             }
             Path(self.path).write_text(json.dumps(found) + "\n", encoding="utf-8")
-
-    def has_stopped(self, trainer):
-        """Whether this callback, and no other reason, has stopped the run."""
-        return trainer.should_stop and self.wait_count >= self.patience
 
 
 class InputGradients(Callback):

@@ -69,14 +69,14 @@ def recomputed_modules(args, model):
 
 
 def _linears(model):
-    """(inputs, outputs) of the linear layers of a layer without experts, by Megatron's names."""
+    """(inputs, outputs) of a layer's linear layers, by Megatron's names; with experts, of one expert."""
     queries, keys = model.num_attention_heads * model.head_dim, model.num_key_value_heads * model.head_dim
-    up = (2 if model.family.gated else 1) * model.intermediate_size
+    inner = model.moe_intermediate_size or model.intermediate_size
     return {
         "linear_qkv": (model.hidden_size, queries + 2 * keys),
         "linear_proj": (queries, model.hidden_size),
-        "linear_fc1": (model.hidden_size, up),
-        "linear_fc2": (model.intermediate_size, model.hidden_size),
+        "linear_fc1": (model.hidden_size, (2 if model.family.gated else 1) * inner),
+        "linear_fc2": (inner, model.hidden_size),
     }
 
 
@@ -100,11 +100,11 @@ def _layer_parameters(model, args):
 
 
 def _adapter_parameters(model, args):
-    """Trained parameters of a layer's adapters on a GPU."""
+    """Trained parameters of a layer's adapters on a GPU; experts in grouped products share one."""
     linears, rank = _linears(model), args.lora_rank or 8
-    count = sum(rank * sum(linears[name]) for name in adapter_targets(args, model) if name in linears)
+    count = sum(rank * sum(linears[name]) for name in adapter_targets(args, model))
     if args.peft == "dora":
-        count += sum(linears[name][1] for name in adapter_targets(args, model) if name in linears)
+        count += sum(linears[name][1] for name in adapter_targets(args, model))
     return count / args.tensor_model_parallel_size
 
 
@@ -186,22 +186,21 @@ def _layer(model, args, recomputed=()):
     attention = hidden + kept["linear_qkv"] * model.hidden_size / split  # the norm's input and its output
     attention += e * (qkv + queries) / tp  # queries, keys, values; the output, which is linear_proj's input
     attention += queries / tp if args.fp8 and not frozen else 0  # ... and once more in FP8
-    if args.precision == "fp32":
-        attention += FP32_SCORES * model.num_attention_heads / tp * sample_length(args) / args.context_parallel_size
-    elif "core_attn" not in recomputed:
-        attention += STATISTICS * model.num_attention_heads / tp
+    if "core_attn" not in recomputed:
+        scores = FP32_SCORES * sample_length(args) / args.context_parallel_size
+        attention += (scores if args.precision == "fp32" else STATISTICS) * model.num_attention_heads / tp
     drop = bool(args.peft and args.lora_dropout)
     for name in adapted:  # between the two parts of an adapter; with dropout, its input once more and the mask
         inputs = linears[name][0] / (tp if name in ("linear_proj", "linear_fc2") else split)
         attention += e * (args.lora_rank or 8) + ((e + 1) * inputs if drop else 0)
     if model.num_experts:
-        return attention + hidden + _experts(model, args, kept, recomputed)
+        return attention + hidden + _experts(model, args, recomputed)
     mlp = kept["linear_fc1"] * model.hidden_size / split
     mlp += e * up / tp + kept["linear_fc2"] * model.intermediate_size / tp
     return attention + hidden + (0 if "mlp" in recomputed else mlp)
 
 
-def _experts(model, args, kept, recomputed):
+def _experts(model, args, recomputed):
     """Bytes a token of a layer's experts, if the router spreads the tokens evenly."""
     tp, e, etp = args.tensor_model_parallel_size, BYTES[args.precision], _expert_tensor_size(args)
     split = tp if args.sequence_parallel else 1

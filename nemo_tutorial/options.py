@@ -119,6 +119,8 @@ def _schedule(args):
         found.append(f"--lr_wsd_decay_steps {args.lr_wsd_decay_steps} has no effect without --lr_decay wsd; add it")
     if args.lr_decay == "constant" and args.min_lr is not None:
         found.append(f"--min_lr {args.min_lr} has no effect with --lr_decay constant; leave one out")
+    if args.seed < 1:
+        found.append(f"--seed {args.seed} is not above 0, as NeMo's seeds must be")
     if args.gpu_memory is not None and not args.gpu_memory > 0:
         found.append(f"--gpu_memory {args.gpu_memory} is not a number of GiB above 0")
     return found

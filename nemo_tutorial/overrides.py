@@ -15,6 +15,7 @@ WORD = re.compile(r"([A-Za-z_]\w*(?:\.\w+|\[\w+\])*)\s*(=|\+=|-=|\*=|/=|\|=|&=)\
 # What flags set, by its place in the recipe.
 FLAGS = {
     "trainer.max_steps": "max_steps",
+    "trainer.log_every_n_steps": "log_interval",
     "trainer.devices": "num_gpus",
     "trainer.num_nodes": "num_nodes",
     "trainer.val_check_interval": "val_check_interval",

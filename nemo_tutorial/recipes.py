@@ -27,6 +27,7 @@ from nemo_tutorial import (
     progress,
     resume,
     samples,
+    terminal,
     throughput,
 )
 
@@ -314,6 +315,9 @@ def resolved(recipe, args):
     if args.recipe is not None:
         given = config.load(args.recipe)
         given.resume = recipe.resume
+        found = config.differences(as_text(recipe), as_text(given))
+        rows = [(path, f"{theirs!r}, by the flags {ours!r}") for path, (ours, theirs) in found.items()]
+        terminal.describe(f"recipe of {args.config}", rows or [("as the flags make it", "")])
         recipe = given
     overrides.apply(recipe, args.overrides)
     return recipe

@@ -372,7 +372,7 @@ def start(args, stage, source, build_recipe, prepare=None):
         recipe = recipes.resolved(build_recipe(), args)
     except ValueError as error:
         terminal.fail(str(error).split("\n"))
-    written = config.text(args.written, args.overrides, recipes.as_text(recipe))
+    written = config.text(args.written, recipes.as_text(recipe))
     if args.dry_run == "full":
         print(f"\n{config.HEAD}flags and recipe, for --config\n{written}{config.TAIL}")
         executors.launch_text(recipe, args, stage)

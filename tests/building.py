@@ -25,6 +25,7 @@ class Refused(Exception):
 def tuned_stages(stages, write_rows):
     """The stages' folder with 64 rows, a mixture of experts, and a model with another tokenizer."""
     write_rows(stages / "rows", 64, 64)
+    (stages / "prompts.txt").write_text("台灣最高的山是？\n", encoding="utf-8")
     for name in ("other", "experts"):
         shutil.copytree(stages / "hf_model/tiny", stages / "hf_model" / name)
     tokenizer = json.loads((stages / "hf_model/other/tokenizer.json").read_text(encoding="utf-8"))
@@ -32,7 +33,7 @@ def tuned_stages(stages, write_rows):
     (stages / "hf_model/other/tokenizer.json").write_text(json.dumps(tokenizer))
     config = json.loads((stages / "hf_model/experts/config.json").read_text())
     config |= {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "num_local_experts": 4}
-    config |= {"num_experts_per_tok": 2, "sliding_window": None}
+    config |= {"num_experts_per_tok": 2, "sliding_window": None, "rope_scaling": None}
     (stages / "hf_model/experts/config.json").write_text(json.dumps(config))
     return stages
 
@@ -46,11 +47,15 @@ def build(tuned_stages, load_script, monkeypatch, capsys):
         module, caught = load_script(SCRIPTS[kind]), []
 
         def start(args, stage, source, build_recipe, prepare=None):
-            from nemo_tutorial import executors, recipes
+            from nemo_tutorial import executors, recipes, slurm
 
             recipe = recipes.resolved(build_recipe(), args)
-            place = executors.slurm if args.executor == "slurm" else executors.local
-            caught.append(SimpleNamespace(args=args, recipe=recipe, executor=place(args), source=source))
+            executor, job = None, ""
+            if args.executor == "slurm":
+                job = slurm.script(args, stage, executors.environment(args))
+            else:
+                executor = executors.local(args)
+            caught.append(SimpleNamespace(args=args, recipe=recipe, executor=executor, job=job, source=source))
 
         monkeypatch.setattr(runs, "start", start)
         monkeypatch.chdir(tuned_stages)

@@ -30,6 +30,9 @@ def test_a_file_and_flags_over_it(parse):
     args = parse("--config {FILE} --max_steps 9", content)
     assert (args.dataset_path, args.max_steps, args.lr, args.fp8) == (["a", "b"], 9, 1e-4, True)
     assert args.micro_batch_size == 2
+    slurm = {"dataset_path": "x", "srun_arg": ["--cpu-bind=cores", "-K"], "setup": "module load x"}
+    args = parse("--config {FILE}", slurm)
+    assert (args.srun_arg, args.setup) == (["--cpu-bind=cores", "-K"], ["module load x"])
     assert parse("--max_steps 9 --config={FILE} -D c", content).dataset_path == ["c"]
     assert vars(parse("--config {FILE}", content)).keys() == vars(parse("-D x")).keys()
 
@@ -112,8 +115,10 @@ def test_a_whole_recipe_takes_no_flag_that_it_would_not_follow(parse):
     content = {"dataset_path": "x", "max_steps": 3, "recipe": {"_target_": "nemo.collections.llm.pretrain"}}
     with pytest.raises(Refused, match=r"--lr: .*run.yaml holds a whole recipe, which that flag does not change"):
         parse("--config {FILE} --lr 5", content)
-    args = parse("--config {FILE} --dry_run full --executor slurm trainer.max_steps=4", content)
-    assert args.recipe and args.overrides == ["trainer.max_steps=4"] and args.max_steps == 4
+    with pytest.raises(Refused, match="--max_steps: .* holds a whole recipe"):
+        parse("--config {FILE} trainer.max_steps=4", content)
+    args = parse("--config {FILE} --dry_run full --executor slurm trainer.benchmark=True", content)
+    assert args.recipe and args.overrides == ["trainer.benchmark=True"] and args.max_steps == 3
 
 
 @pytest.mark.nemo
@@ -139,7 +144,7 @@ def test_changes_of_the_recipe(build):
         ("optim.lr_schedulr.x=0.1", "did you mean optim.lr_scheduler?"),
         ("trainer.callbacks[9].x=1", "trainer.callbacks has no [9]"),
         ("trainer.max_epochs.x=1", "which has no x"),
-        ("trainer.log_every_n_steps=often", "trainer.log_every_n_steps=often"),
+        ("optim.config.weight_decay=often", "optim.config.weight_decay=often"),
     ],
 )
 def test_misspelt_changes(build, word, message, capsys):
@@ -159,7 +164,7 @@ def test_all_misspelt_changes_at_once(build):
 @pytest.mark.parametrize(
     "kind, words",
     [
-        ("pretrain", "--lr_decay wsd --recompute full --early_stopping_patience 2 optim.config.weight_decay=0.3"),
+        ("pretrain", "--lr_decay wsd --recompute full --early_stopping_patience 2 optim.config.weight_decay*=2"),
         ("pretrain", "--fp8 --use_precision_aware_optimizer --exp_avg_dtype fp8 --num_gpus 2 -T 2"),
         ("pretrain", "--accelerator cpu --precision fp32 --wandb"),
         ("finetune", "--peft dora --lora_dropout 0.1"),
@@ -171,12 +176,14 @@ def test_a_recipe_is_printed_and_fed_back(build, tmp_path, kind, words):
     from nemo_tutorial import config, recipes
 
     first = build(kind, words)
-    text = config.text(first.args.written, first.args.overrides, recipes.as_text(first.recipe))
+    text = config.text(first.args.written, recipes.as_text(first.recipe))
     file = tmp_path / "run.yaml"
     file.write_text(f"{config.HEAD}flags\n{text}{config.TAIL}", encoding="utf-8")
     again = build(kind, f"--config {file} --dry_run full", base="")
     assert again.args.recipe is not None
     assert again.recipe == first.recipe
+    changed = "optim.config.weight_decay" if "weight_decay" in words else "as the flags make it"
+    assert f"recipe of {file}\n  {changed}" in again.said.out
     assert again.recipe.data.tokenizer is again.recipe.model.tokenizer
     ignored = ("config", "recipe", "written", "overrides")
     known = {name: value for name, value in vars(first.args).items() if name not in ignored}
@@ -190,12 +197,14 @@ def test_a_changed_recipe_in_a_file_is_what_runs(build, tmp_path):
     from nemo_tutorial import config, recipes
 
     first = build("pretrain", "")
-    content = yaml.safe_load(config.text(first.args.written, [], recipes.as_text(first.recipe)))
+    content = yaml.safe_load(config.text(first.args.written, recipes.as_text(first.recipe)))
     content["recipe"]["optim"]["config"]["adam_beta2"] = 0.5
     file = tmp_path / "run.yaml"
     file.write_text(json.dumps(content), encoding="utf-8")  # JSON is YAML
-    assert build("pretrain", f"--config {file}", base="").recipe.optim.config.adam_beta2 == 0.5
+    run = build("pretrain", f"--config {file} --dry_run full", base="")
+    assert run.recipe.optim.config.adam_beta2 == 0.5
+    assert "optim.config.adam_beta2  0.5, by the flags 0.95" in run.said.out
     content["recipe"]["optim"]["_target_"] = "nemo.lightning.NoSuchOptimizer"
     file.write_text(json.dumps(content), encoding="utf-8")
     with pytest.raises(ValueError, match="names nemo.lightning.NoSuchOptimizer, which is not there"):
-        build("pretrain", f"--config {file}", base="")
+        build("pretrain", f"--config {file} --dry_run full", base="")

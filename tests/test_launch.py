@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 from conftest import ROOT, script
 
 pytestmark = pytest.mark.nemo
@@ -59,6 +60,10 @@ def test_sbatch_script_is_the_golden_one_and_holds_no_token(stages):
     for file in stages.rglob("*"):
         if file.is_file():
             assert CANARY.encode() not in file.read_bytes(), file
+    # Between YAML's own marks stands what --config reads.
+    document = yaml.safe_load(result.stdout[result.stdout.index("\n--- ") : result.stdout.index("\n...\n")])
+    assert (document["num_nodes"], document["experiment"]) == (2, "golden")
+    assert document["recipe"]["trainer"]["strategy"]["tensor_model_parallel_size"] == 2
     # The recipe, too, is shown with what was corrected.
     assert "tensor_model_parallel_size: 2" in result.stdout and "nemo_tutorial.resume.NewestComplete" in result.stdout
     assert "sequence_parallel: true" in result.stdout

@@ -263,6 +263,7 @@ def test_a_run_that_would_fill_the_disk_is_refused(shape, flags, monkeypatch):
         ("--lr_wsd_decay_steps 5", "has no effect without --lr_decay wsd"),
         ("--lr_decay constant --min_lr 1e-6", "--min_lr 1e-06 has no effect with --lr_decay constant"),
         ("--gpu_memory -1", "--gpu_memory -1.0 is not a number of GiB above 0"),
+        ("--seed 0", "--seed 0 is not above 0"),
         ("--recompute_modules mlp", "--recompute_modules mlp has no effect without --recompute selective"),
         ("--recompute_method block", "has no effect without --recompute full"),
         ("--recompute selective --recompute_num_layers 2", "has no effect without --recompute full"),
