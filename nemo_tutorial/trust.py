@@ -83,6 +83,9 @@ pathlib Path PosixPath PurePosixPath
 pathlib._local Path PosixPath PurePosixPath
 signal Signals Handlers
 nemo_tutorial.callbacks ^
+lightning.pytorch.callbacks.* ^
+lightning.pytorch.callbacks.progress.* ^
+lightning.pytorch.loggers.* CSVLogger MLFlowLogger TensorBoardLogger WandbLogger
 nemo.lightning.pytorch.callbacks.* ^
 nemo.lightning.pytorch.optim.* ^
 nemo.lightning.pytorch.plugins.* ^
@@ -288,15 +291,22 @@ def _pickle(file, root, name, found):
         if os.fstat(opened.fileno()).st_size > LARGEST:
             raise pickles.Unreadable(f"is a pickle of more than {terminal.gigabytes(LARGEST)}")
         value = _scan(head + opened.read(), name, found)
-    if not file.name.endswith(".metadata") or not isinstance(value, pickles.Made):
-        return
-    tensors = {key for key, entry in value.get("state_dict_metadata") or () if str(entry.of[1]).startswith("Tensor")}
-    for index, info in value.get("storage_data") or ():
-        key = index.get("fqn")
-        if index.get("offset") is not None and key in tensors:
-            continue
-        place = [info.get(field) for field in ("relative_path", "offset", "length")]
-        _object(file.parent, root, f"{name}'s {key}", key, *place, info.get("transform_descriptors"), found)
+    if file.name.endswith(".metadata") and isinstance(value, pickles.Made):
+        _objects(file, root, name, value, found)
+
+
+def _objects(file, root, name, metadata, found):
+    """What .metadata says is in other files and no tensor."""
+    entries, stored = metadata.fields("state_dict_metadata", "storage_data")
+    if not isinstance(entries, pickles.Pairs) or not isinstance(stored, pickles.Pairs):
+        raise pickles.Unreadable("is not as torch writes it")
+    kinds = {key: entry.of for key, entry in entries}
+    tensor = ("torch.distributed.checkpoint.metadata", "TensorStorageMetadata")
+    for index, info in stored:
+        key, offset = index.fields("fqn", "offset")
+        if offset is None or kinds.get(key) != tensor:
+            place = info.fields("relative_path", "offset", "length", "transform_descriptors")
+            _object(file.parent, root, f"{name}'s {key}", key, *place, found)
 
 
 def _object(folder, root, name, key, relative, offset, length, transforms, found):

@@ -4,6 +4,7 @@ import copyreg
 import json
 import os
 import pickle
+import re
 import shutil
 import zipfile
 from pathlib import Path
@@ -319,3 +320,80 @@ def test_advisories(monkeypatch):
     said = trust.advisories()
     assert "\n" not in said and "CVE-2026-65110" in said and "CVE-2026-24152" not in said
     assert len(said) < 700
+
+
+def metadata_of(entries, stored, kind="state"):
+    """A .metadata, by opcodes: names, then the objects as torch makes them, or (`kind`) in a way that hides some."""
+    package = "torch.distributed.checkpoint"
+    kinds = {
+        "Tensor": (f"{package}.metadata", "TensorStorageMetadata"),
+        "Bytes": (f"{package}.metadata", "BytesStorageMetadata"),
+    }
+
+    def value(thing):
+        return re.sub(rb"q[\x00-\x02]", b"", pickle.dumps(thing, protocol=2)[2:-1])
+
+    def made(name, **state):
+        items = b"".join(value(key) + (it if isinstance(it, bytes) else value(it)) for key, it in state.items())
+        return b"c" + "\n".join(name).encode() + b"\n)\x81}(" + items + b"ub"
+
+    first = b"".join(value(key) + made(kinds[entry]) for key, entry in entries)
+    second = b""
+    for key, offset, place in stored:
+        index = made((f"{package}.metadata", "MetadataIndex"), fqn=key, **({"offset": (0,)} if offset else {}))
+        info = dict(zip(("relative_path", "offset", "length"), place))
+        second += index + made((f"{package}.filesystem", "_StorageInfo"), **info)
+    first, second = b"}(" + first + b"u", b"}(" + second + b"u"
+    name = (f"{package}.metadata", "Metadata")
+    if kind == "arguments":
+        return b"\x80\x02c" + "\n".join(name).encode() + b"\n(" + first + b"N" + second + b"t\x81."
+    whole = b"\x80\x02" + made(name, state_dict_metadata=first, storage_data=second)
+    return whole + (b"}X\x04\x00\x00\x00moreK\x01sb." if kind == "set twice" else b".")
+
+
+def test_objects_hidden_in_metadata(checkpoint, canary):
+    """However .metadata says that an object, not a tensor, lies in a *.distcp file: it is looked at, or refused."""
+    evil = zipped(data_pkl=called("os", "system", f"touch {canary}"))
+    (checkpoint / "weights/__0_0.distcp").write_bytes(evil)
+    place = ("__0_0.distcp", 0, len(evil))
+    for entries, stored, kind, named in [
+        ([("a", "Tensor")], [("a", True, place)], "state", None),  # torch's own unpickler reads it, of tensors only
+        ([("a", "Bytes")], [("a", False, place)], "state", "os.system"),
+        ([("a", "Tensor"), ("a", "Bytes")], [("a", True, place)], "state", "os.system"),
+        ([("a", "Tensor")], [("a", False, place)], "state", "os.system"),
+        ([], [("a", True, place)], "state", "os.system"),
+        ([("a", "Bytes")], [("a", False, place)], "set twice", "os.system"),
+        ([("a", "Bytes")], [("a", False, place)], "arguments", "another way"),
+        ([("a", "Bytes")], [("a", False, ("../../evil", 0, 9))], "state", "../../evil"),
+        ([("a", "Bytes")], [("a", False, ("missing", 0, 9))], "state", "missing"),
+    ]:
+        (checkpoint / METADATA).write_bytes(metadata_of(entries, stored, kind))
+        found = trust.problems(checkpoint)
+        assert (found == []) if named is None else (found and named in found[0]), (entries, kind, found)
+    assert not canary.exists()
+
+
+def test_bytes_of_transformer_engine(checkpoint, canary):
+    """What it unpickles once more must be there as it is, not put together or encoded when it is loaded."""
+    evil = called("os", "system", f"touch {canary}")[2:]  # without a pickle's first bytes
+    numbers = b"(" + b"".join(b"K" + bytes([byte]) for byte in evil) + b"l"
+    inside = {
+        "bytes": b"C" + bytes([len(evil)]) + evil,
+        "latin1": b"c_codecs\nencode\nX" + len(evil).to_bytes(4, "little") + evil + b"X\x06\x00\x00\x00latin1\x86R",
+        "another encoding": b"c_codecs\nencode\nX\x01\x00\x00\x00aX\x05\x00\x00\x00utf16\x86R",
+        "put together": b"cbuiltins\nbytearray\n" + numbers + b"\x85R",
+    }
+    for kind, content in inside.items():
+        for end in (content + b"\x85R.", b")\x81" + content + b"K\x00N\x87b."):
+            saved = b"\x80\x04c_io\nBytesIO\n" + end
+            whole = zipped(data_pkl=saved)
+            (checkpoint / "weights/__0_0.distcp").write_bytes(whole)
+            key = "module.layer._extra_state/shard_0_1"
+            stored = [(key, False, ("__0_0.distcp", 0, len(whole)))]
+            (checkpoint / METADATA).write_bytes(metadata_of([(key, "Bytes")], stored))
+            assert trust.problems(checkpoint), kind
+    empty = zipped(data_pkl=b"\x80\x04c_io\nBytesIO\n)\x81C\x00K\x00N\x87b.")
+    (checkpoint / "weights/__0_0.distcp").write_bytes(empty)
+    stored = [(key, False, ("__0_0.distcp", 0, len(empty)))]
+    (checkpoint / METADATA).write_bytes(metadata_of([(key, "Bytes")], stored))
+    assert trust.problems(checkpoint) == []
