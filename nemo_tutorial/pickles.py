@@ -101,7 +101,7 @@ class Scan:
         except Unreadable:
             if strict:
                 raise
-        except (IndexError, KeyError, ValueError, TypeError, struct.error, UnicodeError, MemoryError) as error:
+        except (LookupError, ValueError, TypeError, AttributeError, struct.error, MemoryError) as error:
             if strict:
                 raise Unreadable(f"is no whole pickle ({error!r})") from None
 

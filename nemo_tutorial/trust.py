@@ -58,6 +58,11 @@ nemo.lightning.resume AutoResume
 nemo.lightning.one_logger_callback OneLoggerNeMoCallback
 nemo.utils.exp_manager TimingCallback DeltaTimingCallback
 nemo_tutorial.callbacks ^
+nemo_tutorial.hooks ^
+nemo_tutorial.loggers MLflow WeightsAndBiases
+nemo_tutorial.network_check NetworkCheck
+nemo_tutorial.progress Progress
+nemo_tutorial.samples Samples
 nemo_tutorial.tuning_data ^
 lightning.pytorch.callbacks.* ^
 lightning.pytorch.callbacks.progress.* ^
@@ -83,6 +88,12 @@ pathlib Path PosixPath PurePosixPath
 pathlib._local Path PosixPath PurePosixPath
 signal Signals Handlers
 nemo_tutorial.callbacks ^
+nemo_tutorial.hooks ^
+nemo_tutorial.loggers MLflow WeightsAndBiases
+nemo_tutorial.network_check NetworkCheck
+nemo_tutorial.progress Progress
+nemo_tutorial.samples Samples
+nemo_tutorial.tuning_data ^
 lightning.pytorch.callbacks.* ^
 lightning.pytorch.callbacks.progress.* ^
 lightning.pytorch.loggers.* CSVLogger MLFlowLogger TensorBoardLogger WandbLogger

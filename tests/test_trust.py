@@ -1,18 +1,21 @@
 """Checkpoints that would run something: each kind refused by name before anything of it is loaded, and nothing run."""
 
 import copyreg
+import io
 import json
 import os
 import pickle
 import re
 import shutil
 import zipfile
+from collections import OrderedDict, deque
 from pathlib import Path
+from random import Random
 
 import pytest
 from conftest import script as run_script
 
-from nemo_tutorial import trust
+from nemo_tutorial import pickles, trust
 
 METADATA, COMMON, IO = "weights/.metadata", "weights/common.pt", "context/io.json"
 
@@ -34,8 +37,6 @@ def zipped(**files):
 
 
 def zip_of(files):
-    import io
-
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w") as archive:
         for name, content in files.items():
@@ -397,3 +398,84 @@ def test_bytes_of_transformer_engine(checkpoint, canary):
     stored = [(key, False, ("__0_0.distcp", 0, len(empty)))]
     (checkpoint / METADATA).write_bytes(metadata_of([(key, "Bytes")], stored))
     assert trust.problems(checkpoint) == []
+
+
+class Stub:
+    """What Python's unpickler is given for every name, so that nothing is imported."""
+
+    def __new__(cls, *args, **kwargs):
+        return object.__new__(cls)
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def __call__(self, *args):
+        return self
+
+    def __setitem__(self, key, value):
+        pass
+
+    def append(self, item):
+        pass
+
+
+class Asking(pickle.Unpickler):
+    """Python's unpickler, which notes the names that it asks for."""
+
+    def __init__(self, data):
+        super().__init__(io.BytesIO(data))
+        self.names = set()
+
+    def find_class(self, module, name):
+        self.names.add((module, name))
+        return Stub
+
+    def persistent_load(self, key):
+        return Stub()
+
+
+def test_no_pickle_asks_for_a_name_that_is_not_told():
+    """Twenty thousand broken pickles: what Python's unpickler asks for before it stops is told, or the file refused."""
+    random = Random(1)
+    values = [
+        1,
+        2.5,
+        None,
+        True,
+        b"x" * 300,
+        "台灣",
+        2**70,
+        Path("x"),
+        OrderedDict(a={1, 2}),
+        deque([3]),
+        {"a": (1, [])},
+    ]
+    whole = [pickle.dumps([value, values], protocol) for value in values for protocol in range(6)]
+    whole += [content for content, _ in pickled("canary").values()]
+    told = refused = 0
+    for _ in range(20_000):
+        data = bytearray(random.choice(whole))
+        for _ in range(random.randint(1, 6)):
+            at, kind = random.randrange(len(data)), random.random()
+            if kind < 0.4:
+                data[at] = random.choice(b"\x80\x93\x94hqjrR(tu012be.cio}]\x81\x85\x86\x8c" + random.randbytes(1))
+            elif kind < 0.6:
+                del data[at : at + random.randint(1, 4)]
+            else:
+                other = random.choice(whole)
+                start = random.randrange(len(other))
+                data[at:at] = other[start : start + random.randint(1, 40)]
+            data = data.replace(b"r", b"q") or bytearray(b".")  # LONG_BINPUT can take all memory, in Python's
+        asking, scan = Asking(bytes(data)), pickles.Scan()
+        try:
+            asking.load()
+        except Exception:  # any, from broken pickles
+            pass
+        try:
+            scan.file(bytes(data))
+        except pickles.Unreadable:
+            refused += 1
+            continue
+        told += 1
+        assert asking.names <= scan.names.keys(), bytes(data)
+    assert told > 1000 and refused > 1000
