@@ -160,7 +160,13 @@ class Scan:
     def _pickle(self, data, at, depth):
         """Follow the pickle that begins at `at`: (its value, where it ends)."""
         stack, marks, memo = [], [], {}
+        frame = whole = len(data)
         while True:
+            if at >= frame:
+                # Python reads from a file by frames: an opcode across the end of one would be another for it.
+                if at > frame:
+                    raise Unreadable("has an opcode across the end of a frame")
+                frame = whole
             op = data[at]
             at += 1
             # About in the order of how often they are met in a checkpoint's metadata.
@@ -252,12 +258,17 @@ class Scan:
             elif op == 0x51:  # BINPERSID, a tensor's storage in torch's pickles: kept, as what is asked for
                 stack[-1] = Made(None, stack[-1])
             elif op == 0x95:  # FRAME
-                at += 8
+                at, size = at + 8, int.from_bytes(data[at : at + 8], "little")
+                if frame != whole or at + size > whole:
+                    raise Unreadable("has a frame within a frame, or beyond its end")
+                frame = at + size
             elif op == 0x80:  # PROTO
                 if data[at] > 5:
                     raise Unreadable(f"is a pickle of protocol {data[at]}, which is not known here")
                 at += 1
             elif op == 0x2E:  # STOP
+                if at != frame != whole:
+                    raise Unreadable("ends within a frame")
                 return stack.pop(), at
             elif op == 0x47:  # BINFLOAT
                 stack.append(struct.unpack(">d", data[at : at + 8])[0])
