@@ -123,6 +123,7 @@ transformer_engine.common.recipe ^
 """
 # Read as pickles whatever they begin with. Other files are so only if they begin as one, or io.json names them.
 SUFFIXES = (".metadata", ".pt", ".pth", ".pkl", ".pickle", ".bin", ".ckpt")
+METADATA = "BuildableTraverserMetadata"  # Fiddle's, of an object in io.json
 LARGEST = 4 << 30  # bytes of a pickle that is read; weights are not in pickles but in *.distcp
 
 # NVIDIA's advisories on what these scripts run: package, fixed in which version, what it takes, CVE numbers.
@@ -223,18 +224,32 @@ def _files(root, found):
 def _context(file, root, name, found):
     """io.json: its names, its tokenizer's code, and the pickles that it refers to."""
     content = json.loads(file.read_bytes())
-    for value in _within(content):
+    everything = list(_within(content))
+    for value in everything:
         if "module" in value or value.get("type") == "pyref":
             pair = str(value.get("module")), str(value.get("name"))
             if pair not in CONFIGS:
                 found[f"{name} names {_shown(pair)}"] = None
+    for value in everything:
         if "items" not in value:
             continue
+        values, kind = [_plain(item[1], content) for item in value["items"]], value["type"]["module"]
+        if kind == "builtins" or value["type"]["name"] == METADATA:
+            continue
+        if len(values) == 1 and not kind.startswith(("fiddle.", "nemo_run.")):
+            # NeMo unpickles what is named by the only value of an object of any other class.
+            pickled = (file.parent / values[0]).resolve() if isinstance(values[0], str) else None
+            if pickled is None or root not in pickled.parents or not pickled.is_file():
+                found[f"{name} has a pickle read that is not in the checkpoint: {values[0]}"] = None
+            else:
+                _scan(pickled.read_bytes(), pickled.relative_to(root).as_posix(), found)
+            continue
         # The labels of items are for people; Fiddle takes the arguments' names from the object's metadata.
-        values = [_plain(item[1], content) for item in value["items"]]
-        metadata = _plain(value.get("metadata"), content)
-        names = _plain(metadata["items"][1][1], content) if isinstance(metadata, dict) and metadata.get("items") else []
-        arguments = dict(zip(names if isinstance(names, list) else [], values))
+        metadata = _plain(value["metadata"], content)
+        names = _plain(metadata["items"][1][1], content)
+        if metadata["type"]["name"] != METADATA or not isinstance(names, list) or len(names) != len(values):
+            raise ValueError("an object without the names of its arguments")
+        arguments = dict(zip(names, values))
         if arguments.get("trust_remote_code"):
             folder = arguments.get("pretrained_model_name")
             if not isinstance(folder, str) or not _harmless(file.parent / folder, root):
@@ -242,14 +257,6 @@ def _context(file, root, name, found):
         reader = arguments.get("auto_cls")
         if reader and not str(isinstance(reader, dict) and reader.get("module")).startswith("transformers.generation."):
             found[f"{name} reads files as {reader}"] = None
-        kind = value["type"]["module"]
-        if len(values) == 1 and not kind.startswith(("builtins", "fiddle.", "nemo_run.")):
-            # NeMo unpickles what is named by the only value of an object of any other class.
-            pickled = (file.parent / values[0]).resolve() if isinstance(values[0], str) else None
-            if pickled is None or root not in pickled.parents or not pickled.is_file():
-                found[f"{name} has a pickle read that is not in the checkpoint: {values[0]}"] = None
-            else:
-                _scan(pickled.read_bytes(), pickled.relative_to(root).as_posix(), found)
 
 
 def _within(value):
