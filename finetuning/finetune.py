@@ -255,8 +255,8 @@ def build_recipe(args, model, source, data):
     recipes.set_precision(recipe, args)
     recipes.set_memory(recipe, args, model)
     recipes.set_performance(recipe, args)
-    recipes.set_checkpointing(recipe, args, source.resume_from, source.restore_from)
-    recipes.set_wandb(recipe, args)
+    recipes.set_checkpointing(recipe, args, source.restore_from)
+    recipes.set_logging(recipe, args, model)
     return recipe
 
 

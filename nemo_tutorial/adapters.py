@@ -114,7 +114,7 @@ def merge(checkpoint, base, output):
     dtype = merged.meta["embedding.word_embeddings.weight"].dtype
     model.config.params_dtype, model.config.bf16 = dtype, dtype == torch.bfloat16
     connector = conversion.exporter(checkpoint)
-    trainer = connector.nemo_setup(model, ckpt_async_save=False)
+    trainer = connector.nemo_setup(model, conversion.alone(**conversion.SAVING))
     differ = [
         f"{name} {tuple(merged.meta[name].shape) if name in merged.meta else 'missing'}"
         for name, value in conversion.nemo_parameters(model).items()

@@ -190,11 +190,56 @@ def add_execution(parser, experiment):
     group.add_argument(
         "--accelerator", choices=("gpu", "cpu"), help="cpu is the no-GPU mode [gpu if there is one; slurm: gpu]"
     )
-    group.add_argument("-a", "--account", help="Slurm account [the cluster's default]")
-    group.add_argument("-p", "--partition", help="Slurm partition [the cluster's default]")
-    group.add_argument("-i", "--container_image", help="Slurm: NeMo container image, for pyxis")
-    group.add_argument("--time", default="1-00:00:00", help="Slurm time limit [1-00:00:00]")
+    # Not BooleanOptionalAction, as for --sequence_parallel below.
+    group.add_argument(
+        "--check_network",
+        action="store_true",
+        default=None,
+        help="the nodes find one another, and add right, before weights are loaded [on with more than one node]",
+    )
+    group.add_argument("--no_check_network", action="store_false", dest="check_network", default=None)
+    add_slurm(parser)
     add_dry_run(parser)
+
+
+def add_slurm(parser):
+    """The job that --executor slurm submits; absent flags are filled in by slurm.fill."""
+    group = parser.add_argument_group("slurm")
+    group.add_argument("-a", "--account", help="[SLURM_ACCOUNT, or the cluster's default]")
+    group.add_argument("-p", "--partition", help="[SLURM_PARTITION, or the cluster's default]")
+    group.add_argument("--qos", help="[the cluster's default]")
+    group.add_argument("--time", help="time limit of one job [1-00:00:00]")
+    group.add_argument("--gres", help="none where the cluster has no GRES [gpu:NUM_GPUS; without GPUs none]")
+    group.add_argument("--mem", help="memory a node [all with --exclusive, else the cluster's default]")
+    group.add_argument(
+        "--exclusive", action="store_true", default=None, help="whole nodes [on with several nodes, or 8 GPUs]"
+    )
+    group.add_argument("--no_exclusive", action="store_false", dest="exclusive", default=None)
+    group.add_argument("--constraint", help="features that the nodes must have")
+    group.add_argument("--nodelist", help="nodes that must be among them")
+    group.add_argument("-i", "--container_image", help="NeMo container image [CONTAINER_IMAGE]")
+    group.add_argument(
+        "--container", choices=("pyxis", "apptainer", "none"), help="[pyxis with --container_image, else none]"
+    )
+    group.add_argument(
+        "--mount", action="append", metavar="SRC[:DST]", help="also in the container; again for each [the folder, ours]"
+    )
+    group.add_argument(
+        "--setup", action="append", metavar="LINE", help="shell code before the ranks, like 'source env/bin/activate'"
+    )
+    group.add_argument("--env", action="append", metavar="NAME", help="variable that the job must have; its name only")
+    group.add_argument("--srun_arg", action="append", metavar="OPTION", help="as --srun_arg=--cpu-bind=cores")
+    group.add_argument("--sbatch_arg", action="append", metavar="KEY=VALUE", help="as --sbatch_arg mail-type=END")
+    group.add_argument("--wait", action="store_true", help="follow the log; exit with the job's code")
+    group.add_argument(
+        "--chain", type=positive, metavar="JOBS", help="submit so many, one after another, instead of requeueing [1]"
+    )
+    group.add_argument(
+        "--save_before",
+        type=positive,
+        metavar="SECONDS",
+        help="before the time limit: save, requeue, go on [600, at most a sixth of --time, at least 60]",
+    )
 
 
 def add_model(parser):
@@ -280,9 +325,30 @@ def add_parallelism(parser):
 
 
 def add_logging(parser):
-    """Weights & Biases; TensorBoard is always written."""
+    """The log's interval, what the model says, Weights & Biases, MLflow; TensorBoard is always written."""
     group = parser.add_argument_group("logging")
+    group.add_argument(
+        "--log_interval",
+        type=positive,
+        metavar="STEPS",
+        help="steps between lines of the log and values of the loggers [10, in short runs a hundredth of the steps]",
+    )
+    group.add_argument(
+        "--generate_prompts",
+        metavar="FILE",
+        help="write what the model says to these prompts at each validation: rows as for training, or a text a line",
+    )
+    group.add_argument(
+        "--generate_tokens", type=positive, help="longest answer to each of --generate_prompts, in tokens [32]"
+    )
     group.add_argument("--wandb", action="store_true", help="log to Weights & Biases as well")
     group.add_argument("--wandb_project", help="[the experiment's name]")
     group.add_argument("--wandb_name", help="[the experiment's name]")
     group.add_argument("--wandb_token", help="better: export WANDB_API_KEY, or `wandb login`")
+    group.add_argument(
+        "--mlflow",
+        nargs="?",
+        const="",
+        metavar="URI",
+        help="log to MLflow as well; bare: to $MLFLOW_TRACKING_URI, else to the run's folder mlruns",
+    )

@@ -20,10 +20,23 @@ import torch
 import transformers
 from nemo.collections import llm
 from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTokenizer as Tokenizer
-from nemo.lightning import io, teardown
+from nemo.lightning import MegatronStrategy, Trainer, io, teardown
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from nemo_tutorial import checkpoints, models, terminal, weights
+
+# As NeMo's connectors have it.
+SAVING = {"ckpt_save_optimizer": False, "ckpt_async_save": False, "always_save_context": True}
+
+
+def alone(**strategy):
+    """A trainer of this process only, for NeMo's connectors; `strategy` goes to NeMo's MegatronStrategy.
+
+    Theirs opens a port, which another conversion or server may have taken since it was found to be free.
+    """
+    trainer = Trainer(devices=1, accelerator="cpu", strategy=MegatronStrategy(**strategy))
+    trainer.strategy.store = torch.distributed.HashStore()
+    return trainer
 
 
 def importer(folder, model):
@@ -52,7 +65,7 @@ def importer(folder, model):
 
         def apply(self, output_path):
             source, target = weights.HuggingFace(folder), self.init()
-            trainer = self.nemo_setup(target, ckpt_async_save=False)
+            trainer = self.nemo_setup(target, alone(**SAVING))
             shapes = {name: weights.like(value.shape, value.dtype) for name, value in nemo_parameters(target).items()}
             table = weights.Table(self, source.meta, shapes, AutoConfig.from_pretrained(folder), target.config)
             missing = [f"{name}: NeMo's {model.family.nemo_model} has no place for it" for name in table.unused]
@@ -254,7 +267,8 @@ def compare_logits(checkpoint, folder):
     Both are whole in memory here.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    nemo, _ = exporter(Path(checkpoint)).nemo_load(Path(checkpoint))
+    trainer = alone(ddp="pytorch", setup_optimizers=False)
+    nemo, _ = exporter(Path(checkpoint)).nemo_load(Path(checkpoint), trainer)
     nemo = nemo.eval().to(device)
     # "eager": transformers' faster ways of attention leave out Gemma 2's soft caps.
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", attn_implementation="eager").eval().to(device)

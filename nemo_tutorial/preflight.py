@@ -3,6 +3,7 @@
 A problem is a sentence for the user: the flag, the value, what is wrong, the next command.
 """
 
+import importlib.util
 import json
 import math
 import os
@@ -10,7 +11,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from nemo_tutorial import blends, checkpoints, models, prompts, terminal
+from nemo_tutorial import blends, checkpoints, models, network, prompts, slurm, terminal
 
 
 def report(problems):
@@ -33,7 +34,7 @@ def fill_hardware(args):
     """Set args.accelerator and args.num_gpus where the user did not; return the problems."""
     if args.executor == "slurm":
         args.accelerator = args.accelerator or "gpu"
-        args.num_gpus = args.num_gpus or 8
+        args.num_gpus = args.num_gpus or (8 if args.accelerator == "gpu" else 1)
         return []
     found = gpus_here()
     args.accelerator = args.accelerator or ("gpu" if found else "cpu")
@@ -234,21 +235,40 @@ def execution_problems(args):
     problems = []
     if not args.experiment or "/" in args.experiment or args.experiment.startswith("."):
         problems.append(f"--experiment {args.experiment!r} is not a plain name")
-    if args.executor == "slurm" and args.dry_run is None and not shutil.which("sbatch"):
-        problems.append("--executor slurm: there is no sbatch here; run this on the cluster's login node")
+    if args.check_network is None:
+        args.check_network = args.num_nodes > 1
+    if args.executor == "slurm":
+        found = slurm.problems(args)
+        if not found and args.dry_run is None and not shutil.which("sbatch"):
+            found = ["--executor slurm: there is no sbatch here; run this on the cluster's login node"]
+        problems += found or (slurm.refused(args, args.experiment) if args.dry_run is None else [])
     if args.executor == "local":
-        for flag in ("account", "partition", "container_image"):
-            if getattr(args, flag):
+        for flag in slurm.OPTIONS:
+            if getattr(args, flag) and flag in ("account", "partition", "container_image"):  # the tutorial's own
                 terminal.warn(f"--{flag} {getattr(args, flag)} has no effect with --executor local")
-        if args.num_nodes > 1 and args.dry_run is None and not os.environ.get("MASTER_ADDR"):
-            problems.append(
-                f"--executor local --num_nodes {args.num_nodes}: export MASTER_ADDR, MASTER_PORT and NODE_RANK and "
-                "run this on every node, or use --executor slurm"
-            )
+            elif getattr(args, flag) not in (None, False) or (flag == "exclusive" and args.exclusive is False):
+                problems.append(f"--{flag} has no effect with --executor local; leave it out, or use --executor slurm")
+        if args.num_nodes > 1 and args.dry_run is None:
+            problems += network.environment_problems(args.num_nodes)
     if not args.wandb:
         for flag in ("wandb_project", "wandb_name"):
             if getattr(args, flag):
                 terminal.warn(f"--{flag} {getattr(args, flag)} has no effect without --wandb")
+    return problems + logger_problems(args)
+
+
+def logger_problems(args):
+    """What --wandb and --mlflow need on this machine; on Slurm the container has it or not."""
+    problems = []
+    for flag, package, asked in (("wandb", "wandb", args.wandb), ("mlflow", "mlflow", args.mlflow is not None)):
+        if asked and args.executor == "local" and args.dry_run is None and not importlib.util.find_spec(package):
+            install = "mlflow-skinny" if package == "mlflow" else package
+            problems.append(f"--{flag}: the package {package} is not there; pip install {install}, or leave it out")
+    if "@" in (args.mlflow or ""):
+        problems.append(
+            "--mlflow: a name or password in the address would be kept in the run's files; export "
+            "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, and leave it out of --mlflow"
+        )
     return problems
 
 

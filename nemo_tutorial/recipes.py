@@ -10,7 +10,25 @@ from nemo.collections import llm
 from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTokenizer
 from nemo.lightning import io
 
-from nemo_tutorial import callbacks, compat, config, conversion, cpu, hooks, memory, models, overrides, performance
+from nemo_tutorial import (
+    callbacks,
+    compat,
+    config,
+    conversion,
+    cpu,
+    hooks,
+    loggers,
+    memory,
+    metrics,
+    models,
+    network_check,
+    overrides,
+    performance,
+    progress,
+    resume,
+    samples,
+    throughput,
+)
 
 # The fields of a NeMo config that say what the model is; all others say how it runs, and stay the recipe's.
 ARCHITECTURE = (
@@ -126,12 +144,11 @@ def set_training(recipe, args):
     trainer.val_check_interval = args.val_check_interval
     trainer.limit_val_batches = args.limit_val_batches
     trainer.limit_test_batches = 0  # nothing is tested here; NeMo would build a test set all the same
-    trainer.log_every_n_steps = 1
     optim.config.lr = args.lr
     # The recipe's own is for a million steps: never out of warm-up, or an error as min_lr is above lr.
     optim.lr_scheduler = _scheduler(args)
     record = Path("results", args.experiment, "record").absolute()
-    own = [run.Config(callbacks.Metrics, str(record / "metrics.jsonl")), run.Config(hooks.Seed, args.seed)]
+    own = [run.Config(hooks.Seed, args.seed)]
     if args.exit_interval:
         own.append(run.Config(callbacks.ExitInterval, args.exit_interval))
     if args.early_stopping_patience:
@@ -140,6 +157,9 @@ def set_training(recipe, args):
         own.append(run.Config(hooks.SaveInterval, args.save_interval))
     if args.recompute == "full" and args.peft:
         own.append(run.Config(hooks.InputGradients))
+    if args.check_network:
+        own.append(run.Config(network_check.NetworkCheck))
+    own.append(run.Config(callbacks.Preemption, str(record / "preempted.json")))
     trainer.callbacks = [*(trainer.callbacks or []), *own]
 
 
@@ -219,10 +239,11 @@ def set_performance(recipe, args, settings=None):
                 setattr(node, name, value)
 
 
-def set_checkpointing(recipe, args, resume_from, restore_from):
+def set_checkpointing(recipe, args, restore_from):
     """A checkpoint after each validation, the best kept; where the weights come from.
 
-    `resume_from` continues a run (weights, optimizer, step, data order); `restore_from` gives only weights.
+    A run that has a checkpoint goes on from it: weights, optimizer, step, data order. Else `restore_from`, if it is
+    not None, gives the weights.
     """
     log = recipe.log
     log.log_dir = str(Path("results").absolute())
@@ -241,26 +262,48 @@ def set_checkpointing(recipe, args, resume_from, restore_from):
         save_optim_on_train_end=True,  # else the run can't go on from its last checkpoint
         filename="{model_name}--{val_loss:.2f}-{step}-{consumed_samples}",
     )
-    # The launcher chose the checkpoint (newest by step, complete): NeMo's own choice goes by file time.
     recipe.resume = run.Config(
-        nl.AutoResume,
-        resume_from_path=str(Path(resume_from).absolute()) if resume_from else None,
-        restore_config=run.Config(nl.RestoreConfig, path=str(Path(restore_from).absolute()))
-        if restore_from and not resume_from
-        else None,
+        resume.NewestComplete,
+        run=str(Path("results", args.experiment).absolute()),
+        restore_config=run.Config(nl.RestoreConfig, path=str(Path(restore_from).absolute())) if restore_from else None,
         resume_if_exists=True,
-        resume_ignore_no_checkpoint=True,  # else a run from scratch stops with NotFoundError
     )
 
 
-def set_wandb(recipe, args):
-    """Weights & Biases, if asked for."""
-    if args.wandb:
-        from lightning.pytorch.loggers import WandbLogger
-
-        recipe.log.wandb = run.Config(
-            WandbLogger, project=args.wandb_project or args.experiment, name=args.wandb_name or args.experiment
+def set_logging(recipe, args, model):
+    """The progress line and files, what the model says to --generate_prompts, and the loggers."""
+    trainer, record = recipe.trainer, Path("results", args.experiment, "record").absolute()
+    trainer.enable_progress_bar = False  # NeMo would print a line of its own each step
+    trainer.log_every_n_steps = args.log_interval
+    own = [
+        run.Config(
+            progress.Progress,
+            str(metrics.path(record.parent)),
+            args.log_interval,
+            throughput.cost(model, args.peft),
+            args.precision != "fp32",
         )
+    ]
+    if args.generate_prompts:
+        own.append(run.Config(samples.Samples, str(record), args.generate_tokens))
+    trainer.callbacks = [*(trainer.callbacks or []), *own]
+    if args.wandb:
+        recipe.log.wandb = run.Config(
+            loggers.WeightsAndBiases,
+            project=args.wandb_project or args.experiment,
+            name=args.wandb_name or args.experiment,
+            save_dir=args.experiment,  # NeMo puts log_dir before it
+        )
+    if args.mlflow is not None:
+        recipe.log.extra_loggers = [
+            run.Config(
+                loggers.MLflow,
+                experiment_name=args.experiment,
+                run_name=args.experiment,
+                tracking_uri=args.mlflow or None,
+                save_dir=str(record.parent / "mlruns"),
+            )
+        ]
 
 
 def resolved(recipe, args):

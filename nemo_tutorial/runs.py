@@ -14,16 +14,23 @@ from nemo_tutorial import (
     config,
     hub,
     megatron_data,
+    metrics,
     models,
+    network,
     options,
     performance,
     plan,
     preflight,
+    questions,
+    report,
     schedule,
+    slurm,
     terminal,
     tokenization,
     trust,
 )
+
+PREPARING = 6 * 3600  # seconds that the other nodes wait for the first one's preparation of the data
 
 
 @dataclass
@@ -107,13 +114,9 @@ def _stage(checkpoint, history):
     data, peft = flags.get("dataset_path"), flags.get("peft")
     data = data if isinstance(data, list) else [data] if data else []
     values = {}
-    try:
-        for line in (run / "record" / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
-            line = json.loads(line)
-            if line["step"] == step:  # the last such line: a run that went on may have done a step again
-                values |= line
-    except (OSError, ValueError, KeyError):
-        pass
+    for lines in metrics.steps(metrics.read(run)):
+        for line in lines:
+            values |= line if line["step"] == step else {}
     scratch = not history.get("restored_from") and flags.get("hf_model_id")
     return {
         "stage": history.get("stage", "training") + (f" ({peft})" if peft else ""),
@@ -135,7 +138,7 @@ def _public(path):
 def hardware_problems(args):
     """Fill in the accelerator, GPUs and sequence parallelism; check them and how the job is started."""
     problems = preflight.fill_hardware(args)
-    problems += preflight.layout_problems(args) + preflight.execution_problems(args)
+    problems += preflight.layout_problems(args) + preflight.execution_problems(args) + questions.problems(args)
     if args.sequence_parallel is None:
         args.sequence_parallel = args.tensor_model_parallel_size > 1
     return problems
@@ -268,6 +271,8 @@ def schedule_problems(args):
     args.save_interval = args.save_interval or args.val_check_interval
     if args.lr_decay == "wsd":
         args.lr_wsd_decay_steps = args.lr_wsd_decay_steps or schedule.wsd_decay_steps(args.max_steps)
+    if args.log_interval is None:
+        args.log_interval = max(1, min(10, args.max_steps // 100))
     problems = preflight.schedule_problems(args)
     done = checkpoints.latest(folder(args))
     if done and checkpoints.step(done) >= args.max_steps:
@@ -352,7 +357,14 @@ def start(args, stage, source, build_recipe, prepare=None):
     `prepare` takes the recipe and does what must be done once, before there are ranks.
     """
     if args.dry_run == "plan":
+        if args.executor == "slurm":
+            from nemo_tutorial import executors
+
+            path = slurm.write(args, stage, executors.environment(args))
+            terminal.describe("slurm", [("script", path), ("complete", "--dry_run full writes the recipe beside it")])
         return
+    if args.executor == "local" and args.num_nodes > 1 and args.check_network:
+        _meet(args, network.SECONDS)
     began = time.monotonic()
     from nemo_tutorial import compat, executors, recipes
 
@@ -367,13 +379,23 @@ def start(args, stage, source, build_recipe, prepare=None):
         return
     for checkpoint in source.checkpoints():
         _check_content(checkpoint)
-    if prepare:
+    # Without Slurm each node has a launcher; the first does what is done once, and the others wait for it.
+    several = args.executor == "local" and args.num_nodes > 1
+    first = not several or os.environ["NODE_RANK"] == "0"
+    if prepare and first:
         try:
             prepare(recipe)
         except OSError as error:
             terminal.fail([f"before the launch: {error}"], code=1)
+    if several:
+        _meet(args, PREPARING)
     run = folder(args)
     (run / "record").mkdir(parents=True, exist_ok=True)
+    if args.generate_prompts:
+        try:
+            questions.write(args, stage, run, source.tokenizer_folder())
+        except ValueError as error:
+            terminal.fail([str(error)])
     history = record(run)
     (run / "record" / "config.yaml").write_text(written, encoding="utf-8")
     (run / "record" / "early_stop.json").unlink(missing_ok=True)
@@ -382,21 +404,40 @@ def start(args, stage, source, build_recipe, prepare=None):
     history = {
         "stage": stage,
         "restored_from": history.get("restored_from", str(source.restore_from) if source.restore_from else None),
-        "starts": [*history.get("starts", []), {"flags": kept, "versions": compat.versions()}],
+        "starts": [
+            *history.get("starts", []),
+            {"flags": kept, "versions": compat.versions(), "command": report.command(), "began": time.time()},
+        ],
     }
-    partial = run / "record" / ".run.json.partial"
-    partial.write_text(json.dumps(history, indent=1, ensure_ascii=False), encoding="utf-8")
-    os.replace(partial, run / "record" / "run.json")
+    if first:
+        report.keep_lineage(run, history)
+        partial = run / "record" / ".run.json.partial"
+        partial.write_text(json.dumps(history, indent=1, ensure_ascii=False), encoding="utf-8")
+        os.replace(partial, run / "record" / "run.json")
+        (run / "record" / executors.PREEMPTED).unlink(missing_ok=True)
     code, lines = executors.launch(recipe, args, stage)
     last = checkpoints.latest(run)
-    if code == 0 and args.executor == "local":
+    if code == 0 and (args.executor == "local" or args.wait):
         code, lines = _check_end(args, source, last)
-    rows = [("result", {0: "done", 1: "failed", 130: "interrupted"}[code])]
+    words = {0: "done", 2: "nothing was started", 130: "interrupted", 143: "stopped by a signal"}
+    rows = [("result", words.get(code, "failed"))]
     rows += [("", line) for line in lines]
+    if args.executor == "local":
+        report.write(run, rows[0][1])
+        rows.append(("report", run / "report.html"))
     rows += [("last checkpoint", last or "none complete"), ("seconds", f"{time.monotonic() - began:.0f}")]
     terminal.describe(f"{stage} in {run}", rows)
     # Not sys.exit: threads of NeMo-Run and of the loggers may still wait for a job that is gone.
     os._exit(code)
+
+
+def _meet(args, seconds):
+    """Wait for the launchers on the other nodes; exit 2 with the mistake if they do not come, or are others."""
+    try:
+        hosts = network.meet(network.facts(args), args.num_nodes, seconds)
+    except ValueError as error:
+        terminal.fail(str(error).splitlines())
+    terminal.describe("network", [("nodes", ", ".join(f"{node} {host}" for node, host in enumerate(hosts)))])
 
 
 def _check_content(checkpoint):

@@ -26,7 +26,8 @@ TRAINING = """
     --gpu_memory --recompute --recompute_modules --recompute_method --recompute_num_layers
     --use_precision_aware_optimizer --exp_avg_dtype --exp_avg_sq_dtype --main_params_dtype --main_grads_dtype
     --virtual_pipeline_model_parallel_size --expert_tensor_parallel_size
-    --wandb --wandb_project --wandb_name --wandb_token
+    --log_interval --generate_prompts --generate_tokens
+    --wandb --wandb_project --wandb_name --wandb_token --mlflow
 """
 # Frozen: a flag may be added here, never taken away or renamed.
 FLAGS = {

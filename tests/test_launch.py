@@ -60,5 +60,5 @@ def test_sbatch_script_is_the_golden_one_and_holds_no_token(stages):
         if file.is_file():
             assert CANARY.encode() not in file.read_bytes(), file
     # The recipe, too, is shown with what was corrected.
-    assert "tensor_model_parallel_size: 2" in result.stdout and "resume_ignore_no_checkpoint: true" in result.stdout
+    assert "tensor_model_parallel_size: 2" in result.stdout and "nemo_tutorial.resume.NewestComplete" in result.stdout
     assert "sequence_parallel: true" in result.stdout

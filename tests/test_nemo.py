@@ -45,12 +45,62 @@ def metrics(folder, name):
     return {line["step"]: line for line in map(json.loads, lines) if "loss" in line}
 
 
+ASK = ("--generate_prompts", "prompts.txt", "--generate_tokens", 6)
+
+
+def answers(folder, name):
+    """What a run said: {step: [reply, ...]}."""
+    lines = (folder / "results" / name / "record" / "samples.jsonl").read_text().splitlines()
+    return {line["step"]: [reply["reply"] for reply in line["replies"]] for line in map(json.loads, lines)}
+
+
 @pytest.fixture(scope="session")
 def one_process(stages):
-    """Ten steps in fp32 on one process, without a stop, with tokens in the environment."""
-    secrets = {"HF_TOKEN": CANARY, "WANDB_API_KEY": CANARY}
-    pretrain(stages, "one", "--max_steps", 10, "--val_check_interval", 5, "--precision", "fp32", **secrets)
+    """Ten steps in fp32 on one process, without a stop, with tokens in the environment and a logger without server."""
+    secrets = {"HF_TOKEN": CANARY, "WANDB_API_KEY": CANARY, "WANDB_BASE_URL": "http://127.0.0.1:9"}
+    (stages / "prompts.txt").write_text("The river\n台灣最高的山是\n", encoding="utf-8")
+    flags = ("--max_steps", 10, "--val_check_interval", 4, "--precision", "fp32", "--wandb", *ASK)
+    pretrain(stages, "one", *flags, WANDB_INIT_TIMEOUT="5", **secrets)
     return metrics(stages, "one")
+
+
+def test_what_is_written_about_a_run(stages, one_process):
+    """The log's lines, the validations before the first step and after the last, the report, the offline logger."""
+    log = next((stages / "experiments/one").rglob("combined.log")).read_text()
+    lines = [line.split("]:")[1] for line in log.splitlines() if "]:step " in line]
+    assert [line.split()[1] for line in lines] == [f"{step}/10" for step in range(1, 11)]
+    assert lines[-1].startswith(f"step 10/10 | loss {one_process[10]['loss']:.4f} | val ")
+    assert lines[-1].endswith("| left 0:00:00") and "MFU –" in lines[-1]
+    assert "iteration" not in log and "it/s" not in log, "NeMo's own progress is not printed beside it"
+    assert "warning: --wandb:" in log and list((stages / "results/one/wandb").glob("offline-run-*/*.wandb"))
+    assert list((stages / "results/one/tensorboard").rglob("events.out.*"))
+    whole = (stages / "results/one/record/metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in whole if "val_loss" in line] == [0, 4, 8, 10]
+    for line in one_process.values():
+        assert line["tokens"] == 8 * 128
+        assert line["tokens_per_second_per_gpu"] == pytest.approx(1024 / line["seconds"], rel=0.01)
+    summary = json.loads((stages / "results/one/summary.json").read_text())
+    assert (summary["result"], summary["steps"], summary["tokens"]) == ("done", 10, 10240)
+    assert summary["perplexity_start"] > summary["perplexity_end"] > 1
+    assert [one["title"] for one in summary["lineage"]] == ["Hugging Face model", "import", "pretraining"]
+    page = (stages / "results/one/report.html").read_text()
+    assert "data/pre/sample_text_document" in page and "--nemo_model nemo_ckpt/tiny" in page
+
+
+def test_answers_are_the_models(stages, one_process):
+    """Before the first step: what transformers says, greedily, with the model that was imported."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(stages / "hf_model/tiny")
+    model = AutoModelForCausalLM.from_pretrained(stages / "hf_model/tiny", dtype=torch.float32)
+    expected = []
+    for text in (stages / "prompts.txt").read_text(encoding="utf-8").splitlines():
+        ids = tokenizer(text, return_tensors="pt")["input_ids"]
+        said = model.generate(ids, max_new_tokens=6, do_sample=False)[0, ids.shape[1] :]
+        expected.append(tokenizer.decode(said, skip_special_tokens=True))
+    found = answers(stages, "one")
+    assert found[0] == expected and sorted(found) == [0, 4, 8, 10] and found[10] != expected
 
 
 @pytest.mark.parametrize(
@@ -63,8 +113,9 @@ def one_process(stages):
     ],
 )
 def test_layouts_agree(stages, one_process, name, flags, parameters):
-    """Losses of ten steps within 1e-3 of one process, falling by a tenth; the ranks hold their parts."""
-    pretrain(stages, name, "--max_steps", 10, "--val_check_interval", 10, "--precision", "fp32", *flags)
+    """Losses of ten steps within 1e-3 of one process, falling by a tenth; the ranks hold their parts, say the same."""
+    pretrain(stages, name, "--max_steps", 10, "--val_check_interval", 10, "--precision", "fp32", *ASK, *flags)
+    assert answers(stages, name)[0] == answers(stages, "one")[0]
     losses = metrics(stages, name)
     assert sorted(losses) == list(range(1, 11))
     for step, line in losses.items():

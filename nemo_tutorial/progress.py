@@ -1,0 +1,223 @@
+"""The progress of a run, from rank 0: a line in the log, record/metrics.jsonl, the loggers, at the end the report."""
+
+import itertools
+import json
+import os
+import time
+from collections import deque
+from pathlib import Path
+
+import torch
+from lightning.pytorch import Callback
+
+from nemo_tutorial import metrics, report, throughput
+
+SECONDS = 2  # metrics.jsonl is never older than this, however long the log's interval is
+NAMES = {"reduced_train_loss": "loss", "lr": "learning_rate", "grad_norm": "grad_norm"}
+
+
+class Progress(Callback):
+    """Append one JSON line a step and one a validation to `path`; print one line every `interval` steps.
+
+    Fields of a step: step (finished optimizer steps), loss (nats a token), learning_rate, grad_norm, seconds (of the
+    step; of a mean one where several are written at once), tokens (real ones; those of rank 0's replica times the
+    replicas), tokens_per_second_per_gpu, tflops_per_gpu and mfu (see throughput.py),
+    memory_gb (10^9 bytes; rank 0's peak on a GPU, its resident size on a CPU). Of a validation: step, val_loss,
+    seconds, memory_gb (the largest of all ranks). A value that is not known is left out: TFLOP/s and MFU on a CPU.
+    """
+
+    def __init__(self, path, interval, cost, low_precision):
+        self.path, self.interval, self.cost = path, interval, cost
+        self.low_precision = low_precision  # bf16 or FP8: what the table of peaks is of
+        self.pending = []  # (step, values as tensors, lengths of the samples) not yet written
+        self.lengths = []
+        self.mark = self.validating_since = self.val_loss = None
+        self.recent, self.pauses = deque(maxlen=20), deque(maxlen=3)
+        self.peak = None
+
+    # What is counted.
+
+    def on_fit_start(self, trainer, pl_module):
+        # The validation loss before the first step, to compare with. Here, because with PP NeMo has set it to 0.
+        trainer.num_sanity_val_steps = trainer.limit_val_batches
+        data_step = pl_module.data_step
+
+        def counted(batches):
+            return data_step(map(self._count, batches) if trainer.training else batches)
+
+        # On this object, not in the config: that is saved with every checkpoint. With several chunks of a pipeline
+        # the others are copies made before, so that nothing is counted twice.
+        pl_module.data_step = counted
+
+    def _count(self, batch):
+        self.lengths += sample_lengths(batch[0] if isinstance(batch, tuple) else batch)
+        return batch
+
+    def on_train_start(self, trainer, pl_module):
+        # NeMo says it of rank 0 alone; the split of the model shows on the others.
+        count = sum(parameter.numel() for parameter in pl_module.parameters())
+        print(f"rank {trainer.global_rank} holds {count:,} parameters", flush=True)
+        Path(self.path).parent.mkdir(parents=True, exist_ok=True)
+        if trainer.is_global_zero:
+            metrics.end_line(self.path)
+            device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+            machine = {"device": device, "ranks": trainer.world_size}
+            (Path(self.path).parent / "machine.json").write_text(json.dumps(machine), encoding="utf-8")
+        if torch.cuda.is_available() and self.low_precision:
+            self.peak = throughput.peak(torch.cuda.get_device_name())
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if self.mark is None:  # the first step, or the first after a validation
+            self.mark = time.monotonic()
+            if self.validating_since is not None:
+                self.pauses.append(self.mark - self.validating_since)
+                self.validating_since = None
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        step = trainer.global_step
+        if step >= trainer.max_steps:
+            trainer.should_stop = True  # Lightning validates where a run is told to stop: it ends with a validation
+        if not trainer.is_global_zero:
+            self.lengths = []
+            return
+        logged = trainer.callback_metrics
+        self.pending.append((step, {new: logged[name] for name, new in NAMES.items() if name in logged}, self.lengths))
+        self.lengths = []
+        due = step % self.interval == 0 or trainer.should_stop
+        if due or time.monotonic() - self.mark > SECONDS:
+            self._flush(trainer, due)
+
+    # What is written.
+
+    def _flush(self, trainer, say):
+        """Write the pending steps. Until here nothing has waited for the GPU."""
+        if not self.pending:
+            return
+        values = [{name: float(value) for name, value in logged.items()} for _, logged, _ in self.pending]
+        now = time.monotonic()
+        seconds = (now - self.mark) / len(self.pending)
+        self.mark = now
+        replicas, gpus = replicas_and_gpus(trainer)
+        lines = []
+        for (step, _, lengths), logged in zip(self.pending, values):
+            line = {"step": step, **logged, "seconds": round(seconds, 4)}
+            if lengths:
+                tokens = sum(lengths)
+                line["tokens"] = tokens * replicas
+                line["tokens_per_second_per_gpu"] = round(tokens / gpus / seconds, 1)
+                if torch.cuda.is_available():
+                    tflops = throughput.flops(self.cost, lengths) / gpus / seconds / 1e12
+                    line["tflops_per_gpu"] = float(f"{tflops:.4g}")
+                    if self.peak:
+                        line["mfu"] = round(tflops / self.peak, 4)
+            line["memory_gb"] = round(memory() / 1e9, 3)
+            lines.append(line)
+        self.recent.append((len(lines), seconds * len(lines)))
+        self.pending = []
+        metrics.append(self.path, lines)
+        for logger in trainer.loggers:
+            extra = {name: lines[-1][name] for name in EXTRA if name in lines[-1]}
+            logger.log_metrics(extra, step=lines[-1]["step"] - 1)  # NeMo counts from 0
+        if say:
+            print(log_line(lines[-1] | {"val_loss": self.val_loss}, trainer.max_steps, self._left(trainer)), flush=True)
+
+    def _left(self, trainer):
+        """Seconds left: of the steps as the last ones took, and of the validations, saving included."""
+        steps = trainer.max_steps - trainer.global_step
+        taken = sum(seconds for _, seconds in self.recent) / sum(count for count, _ in self.recent)
+        pauses = 0
+        if self.pauses and trainer.val_check_batch:
+            pauses = steps // trainer.val_check_batch * sum(self.pauses) / len(self.pauses)
+        return steps * taken + pauses
+
+    def on_validation_start(self, trainer, pl_module):
+        if trainer.is_global_zero and not trainer.sanity_checking:
+            self._flush(trainer, say=False)
+        self.mark, self.validating_since = None, time.monotonic()
+
+    def on_validation_end(self, trainer, pl_module):
+        if "val_loss" not in trainer.callback_metrics:
+            return
+        largest = torch.tensor([memory()], dtype=torch.float64, device=pl_module.device)
+        if torch.distributed.is_initialized():
+            torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX)
+        self.val_loss = float(trainer.callback_metrics["val_loss"])
+        if trainer.is_global_zero:
+            line = {
+                "step": trainer.global_step,
+                "val_loss": self.val_loss,
+                "seconds": round(time.monotonic() - self.validating_since, 4),
+                "memory_gb": round(float(largest) / 1e9, 3),
+            }
+            metrics.append(self.path, [line])
+            print(validation_line(line), flush=True)
+
+    def teardown(self, trainer, pl_module, stage):
+        # Here, not by the launcher alone: on Slurm that is gone when the run ends.
+        if stage == "fit" and trainer.is_global_zero:
+            self._flush(trainer, say=False)
+            report.write(Path(self.path).parents[1])
+
+
+EXTRA = ("tokens_per_second_per_gpu", "tflops_per_gpu", "mfu", "memory_gb")
+
+
+def sample_lengths(batch):
+    """Lengths in tokens of the samples of a micro batch, on the host, that attend each to itself; no padding."""
+    rows, length = batch["tokens"].shape
+    counts = batch.get("token_count")  # only instruction data are padded, and say so
+    if counts is None:
+        return [length] * rows
+    if "cu_seqlens" not in batch:
+        return [min(int(count), length) for count in counts]
+    found = []
+    for ends, count in zip(batch["cu_seqlens"].tolist(), counts):
+        ends = [end for end in ends if 0 <= end <= count]  # after the last sample: padding, and -1
+        found += [end - start for start, end in itertools.pairwise(ends)]
+    return found
+
+
+def replicas_and_gpus(trainer):
+    """(replicas of the model, GPUs that share one)."""
+    from megatron.core import parallel_state
+
+    replicas = parallel_state.get_data_parallel_world_size()
+    return replicas, trainer.world_size / replicas
+
+
+def memory():
+    """Bytes: the peak of a GPU's tensors since the start, or what this process holds of the host's memory."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def log_line(line, total, left):
+    """A step as one line of text."""
+
+    def show(name, form):
+        return form.format(line[name]) if line.get(name) is not None else "–"
+
+    parts = [
+        f"step {line['step']}/{total}",
+        "loss " + show("loss", "{:.4f}"),
+        "val " + show("val_loss", "{:.4f}"),
+        "lr " + show("learning_rate", "{:.3g}"),
+        "grad " + show("grad_norm", "{:.3g}"),
+        show("tokens_per_second_per_gpu", "{:,.0f}") + " tok/s/GPU",
+        show("tflops_per_gpu", "{:.1f}") + " TFLOP/s",
+        "MFU " + show("mfu", "{:.1%}"),
+        show("memory_gb", "{:.1f}") + " GB",
+        show("seconds", "{:.3g}") + " s/step",
+        "left " + metrics.duration(left),
+    ]
+    return " | ".join(parts)
+
+
+def validation_line(line):
+    """A validation as one line of text."""
+    return (
+        f"validation after step {line['step']}: loss {line['val_loss']:.4f}, perplexity "
+        f"{metrics.perplexity(line['val_loss']):.4g}, in {line['seconds']:.1f} s"
+    )
