@@ -66,7 +66,8 @@ def nemo_checkpoint(path, data=None, nemo_model="LlamaModel", adapter_of=None, *
         fiddle = {"type": "pyref", "module": "fiddle._src.config", "name": "Config"}
         names = {"type": fiddle | {"module": "builtins", "name": "tuple"}, "items": [["", key] for key in values]}
         called = {"type": "pyref", "module": module, "name": name}
-        objects[f"{name}_class"] = {"type": fiddle, "items": [["Attr(name='fn_or_cls')", called], ["", names]]}
+        metadata = fiddle | {"name": "BuildableTraverserMetadata"}
+        objects[f"{name}_class"] = {"type": metadata, "items": [["Attr(name='fn_or_cls')", called], ["", names]]}
         items = [[f"Attr(name='{key}')", {"type": "leaf", "value": value}] for key, value in values.items()]
         metadata = {"type": "ref", "key": f"{name}_class"}
         objects[name] = {"type": fiddle, "items": items, "paths": [paths], "metadata": metadata}
