@@ -5,6 +5,7 @@ They run in the ranks. The first error is said, once; training goes on.
 
 import json
 import os
+import secrets
 from pathlib import Path
 
 from lightning.pytorch.loggers import MLFlowLogger, WandbLogger
@@ -31,7 +32,7 @@ class WeightsAndBiases(WandbLogger):
             kept = Path(self._wandb_init["dir"], "record", "wandb_id")  # a run that goes on is one run there too
             kept.parent.mkdir(parents=True, exist_ok=True)  # without the folder, wandb takes one under /tmp
             if not kept.is_file():
-                kept.write_text(wandb.util.generate_id())
+                kept.write_text(secrets.token_hex(4))
             self._wandb_init["id"] = kept.read_text()
             try:
                 settings = wandb.Settings(init_timeout=float(os.environ.get("WANDB_INIT_TIMEOUT", SECONDS)))
