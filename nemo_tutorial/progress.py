@@ -162,6 +162,11 @@ class Progress(Callback):
             metrics.append(self.path, [line])
             print(validation_line(line), flush=True)
 
+    def on_exception(self, trainer, pl_module, exception):
+        # Where a run is stopped on purpose. After a fault, asking the GPU for values might wait for ever.
+        if isinstance(exception, SystemExit) and trainer.is_global_zero and self.mark is not None:
+            self._flush(trainer, say=True)
+
     def teardown(self, trainer, pl_module, stage):
         # Here, not by the launcher alone: on Slurm that is gone when the run ends.
         if stage == "fit" and trainer.is_global_zero:
