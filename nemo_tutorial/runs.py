@@ -423,8 +423,7 @@ def start(args, stage, source, build_recipe, prepare=None):
     rows = [("result", words.get(code, "failed"))]
     rows += [("", line) for line in lines]
     if args.executor == "local":
-        report.write(run, rows[0][1])
-        rows.append(("report", run / "report.html"))
+        rows.append(("report", report.write_if_possible(run, rows[0][1])))
     rows += [("last checkpoint", last or "none complete"), ("seconds", f"{time.monotonic() - began:.0f}")]
     terminal.describe(f"{stage} in {run}", rows)
     # Not sys.exit: threads of NeMo-Run and of the loggers may still wait for a job that is gone.
