@@ -1,7 +1,6 @@
 """Where a recipe runs: NeMo-Run's local (torchrun) and Slurm executors, and what became of the job."""
 
 import contextlib
-import json
 import os
 import re
 import shlex
@@ -13,13 +12,12 @@ import nemo_run as run
 import psutil
 from nemo_run.core.frontend.console.api import CONSOLE
 
-from nemo_tutorial import compat, terminal
+from nemo_tutorial import compat, faults, terminal
 
 ROOT = Path(__file__).resolve().parents[1]
 # What torchrun passes on to the ranks, and how long it lets them save before it kills them: 30 s if it isn't told.
 SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
 SAVING = 1800
-PREEMPTED = "preempted.json"  # in a run's record/
 SECRETS = ("HF_TOKEN", "WANDB_API_KEY")  # never written anywhere: ranks inherit them from the environment
 
 
@@ -98,7 +96,7 @@ def launch(recipe, args, name):
         experiment.add(recipe, executor=executor, name=name)
         experiment.run(detach=detach, tail_logs=not detach, sequential=not detach)
         job = experiment.jobs[0]
-    stopped = preempted(args)
+    stopped = faults.read(Path("results", args.experiment), faults.PREEMPTED)
     if interrupted or stopped:
         line = "interrupted; the same command goes on from the last checkpoint"
         if stopped:
@@ -139,14 +137,6 @@ def ranks():
             if any("torchrun" in word for word in process.cmdline()):
                 found += process.children()
     return found
-
-
-def preempted(args):
-    """What the ranks wrote when a signal stopped them after a checkpoint: {"step", "signal", "checkpoint"}, or None."""
-    try:
-        return json.loads(Path("results", args.experiment, "record", PREEMPTED).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
 
 
 def end_ranks(seconds=20):

@@ -24,5 +24,7 @@ class NewestComplete(nl.AutoResume):
         self.resume_from_path = str(Path(found).resolve()) if found else None
         if not found:
             return None
+        if (Path(found) / checkpoints.NO_OPTIMIZER).exists():
+            raise RuntimeError(f"the optimizer state of {found} was dropped: the run can't go on from it")
         self.restore_config = None  # of a start from other weights
         return super().get_trainer_ckpt_path(model)
