@@ -17,7 +17,7 @@ AWAY = Path("record", "retention")
 
 
 def drop_optimizer(checkpoint):
-    """Rewrite a checkpoint of a run without its optimizer state; the bytes saved. The weights' records stay as they are.
+    """Rewrite a checkpoint of a run without its optimizer state; the bytes saved. The weights' records stay the same.
 
     Megatron writes weights and optimizer state into the same files, so the weights' parts are copied out of them. The
     old checkpoint stays whole until the new one takes its place. Raises OSError if the disk is full.

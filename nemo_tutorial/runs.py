@@ -152,9 +152,9 @@ def weights(args, fallback):
         )
     if source.resume_from and (source.resume_from / checkpoints.NO_OPTIMIZER).exists():
         problems.append(
-            f"--experiment {args.experiment}: the optimizer state of {source.resume_from} was dropped (--keep_optimizer "
-            f"last), so the run can't go on from it; start another from its weights: --experiment NEW --nemo_model "
-            f"{source.resume_from}"
+            f"--experiment {args.experiment}: the optimizer state of {source.resume_from} was dropped "
+            f"(--keep_optimizer last), so the run can't go on from it; start another from its weights: "
+            f"--experiment NEW --nemo_model {source.resume_from}"
         )
     if args.fresh and (source.resume_from or record(run)):
         done = checkpoints.step(source.resume_from) if source.resume_from else 0
