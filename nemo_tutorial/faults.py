@@ -72,6 +72,8 @@ def changes(args, last, data):
         if name not in flags or not hasattr(args, name):
             continue
         old, new = flags[name], json.loads(json.dumps(getattr(args, name)))
+        if name == "hf_model_id" and (flags.get("nemo_model") is not None or "split" not in flags or new is None):
+            continue  # the shape is not from there
         if old != new and not _follows(name, args, flags):
             found.append((f"--{name}", old, new))
     before = last.get("data") or {}
