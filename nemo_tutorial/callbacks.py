@@ -236,6 +236,7 @@ class LossGuard(Callback):
     """
 
     STEPS = 20
+    LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL")  # another rank is gone
 
     def __init__(self, folder, max_spike=None):
         self.folder, self.max_spike = folder, max_spike
@@ -279,10 +280,17 @@ class LossGuard(Callback):
         raise SystemExit(1)
 
     def on_exception(self, trainer, pl_module, exception):
-        if isinstance(exception, Exception):  # and no SystemExit: those have said why
-            text = str(exception)
-            kind = "NaN" if "NaN" in text or " Inf" in text else "exception"
-            write_failure(self.folder, trainer, kind, f"{type(exception).__name__}: {text[:1000]}")
+        if not isinstance(exception, Exception):  # a SystemExit: it has been said why
+            return
+        text, kind = str(exception), "exception"
+        if "NaN" in text or " Inf" in text:
+            kind = "NaN"
+        elif "No space left" in text or "File too large" in text:
+            kind = "full disk"
+        elif any(word in text for word in self.LOST):
+            kind = "lost"
+            time.sleep(3)  # the rank that is the cause shall be the one that is named, if it still can
+        write_failure(self.folder, trainer, kind, f"{type(exception).__name__}: {text[:1000]}")
 
 
 class Heartbeat(Callback):
@@ -340,8 +348,12 @@ class Heartbeat(Callback):
         faulthandler.cancel_dump_traceback_later()
 
     def _watch(self):
+        before = time.monotonic()
         while True:
             now = time.monotonic()
+            if now - before > 10:  # all of this process stood still, as in a job that Slurm suspends
+                self.deadline += now - before
+            before = now
             if now > self.deadline:
                 break
             if self.deadline < math.inf:
