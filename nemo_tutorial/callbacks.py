@@ -20,7 +20,7 @@ import torch
 from lightning.pytorch import Callback
 from nemo.lightning import megatron_init
 
-from nemo_tutorial import retention
+from nemo_tutorial import faults, retention
 
 
 class Metrics(Callback):
@@ -120,6 +120,10 @@ class Preemption(Callback):
         if trainer.is_global_zero:
             self.marker.parent.mkdir(parents=True, exist_ok=True)
             self.marker.unlink(missing_ok=True)
+            try:
+                self.lock = faults.hold(self.marker.parents[1])
+            except BlockingIOError:
+                raise RuntimeError(f"{self.marker.parents[1]} is being trained by another process") from None
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         self._stop_if_signalled(trainer, trained=True)

@@ -3,6 +3,7 @@
 record/run.json has every start's flags and data, record/preempted.json and record/failure.json the last one's end.
 """
 
+import fcntl
 import hashlib
 import json
 import shutil
@@ -10,7 +11,7 @@ from pathlib import Path
 
 from nemo_tutorial import checkpoints, schedule
 
-PREEMPTED, FAILURE = "preempted.json", "failure.json"
+PREEMPTED, FAILURE, LOCK = "preempted.json", "failure.json", ".training"
 # What a run that goes on must share with its last start, as far as flags say it. Layouts and batches a GPU may differ.
 DATA = (
     "dataset_path split seq_length global_batch_size seed prompt_template system_prompt packing packed_sequence_size "
@@ -34,6 +35,30 @@ def clear(run):
     """Remove what an earlier start wrote about its end."""
     for name in (PREEMPTED, FAILURE):
         (Path(run) / "record" / name).unlink(missing_ok=True)
+
+
+def hold(run):
+    """Mark a run as being trained by this process until it ends; gives what must be kept. Raises BlockingIOError."""
+    file = open(Path(run) / "record" / LOCK, "wb")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock: a loader's process would inherit that
+    except BlockingIOError:
+        raise
+    except OSError:  # a file system without locks
+        pass
+    return file
+
+
+def busy(run):
+    """Whether a process of this machine, or of one that shares its locks, trains in this folder."""
+    try:
+        with open(Path(run) / "record" / LOCK, "r+b") as file:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        pass
+    return False
 
 
 def remove_unfinished(run):

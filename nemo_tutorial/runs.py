@@ -150,6 +150,11 @@ def weights(args, fallback):
             f"--experiment {args.experiment}: {run}/checkpoints holds no complete checkpoint to go on "
             "from; remove that folder, or choose another name"
         )
+    if args.executor == "local" and faults.busy(run):
+        problems.append(
+            f"--experiment {args.experiment}: another process trains in {run} (of a script that was killed, perhaps: "
+            "pgrep -f fdl_runner); end it, or choose another name"
+        )
     if source.resume_from and (source.resume_from / checkpoints.NO_OPTIMIZER).exists():
         problems.append(
             f"--experiment {args.experiment}: the optimizer state of {source.resume_from} was dropped "

@@ -160,6 +160,15 @@ def test_fresh_refuses_a_run(stopped):
     assert plan(folder, *command, "--fresh").returncode == 0
 
 
+def test_a_run_is_trained_once(stopped):
+    folder, command = stopped
+    lock = faults.hold(folder / "results/run")
+    result = plan(folder, *command, check=False)
+    assert result.returncode == 2 and "another process trains in results/run" in result.stderr
+    lock.close()
+    assert plan(folder, *command).returncode == 0
+
+
 def test_no_optimizer_no_going_on(stopped):
     folder, command = stopped
     (checkpoints.latest(folder / "results/run") / checkpoints.NO_OPTIMIZER).touch()
