@@ -6,7 +6,6 @@ What became of a run, its log, its end, from the repository's root:
 """
 
 import contextlib
-import json
 import os
 import re
 import shlex
@@ -16,13 +15,12 @@ from pathlib import Path
 
 import psutil
 
-from nemo_tutorial import compat, live, slurm, terminal
+from nemo_tutorial import compat, faults, live, slurm, terminal
 
 ROOT = Path(__file__).resolve().parents[1]
 # What torchrun passes on to the ranks, and how long it lets them save before it kills them: 30 s if it isn't told.
 SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
 SAVING = 1800
-PREEMPTED = "preempted.json"  # in a run's record/
 
 
 def environment(args):
@@ -87,7 +85,7 @@ def launch(recipe, args, name):
         with bar or contextlib.nullcontext():
             experiment.run(detach=False, tail_logs=not watched, sequential=True)
         job = experiment.jobs[0]
-    stopped = preempted(args)
+    stopped = faults.read(Path("results", args.experiment), faults.PREEMPTED)
     if interrupted or stopped:
         line = "interrupted; the same command goes on from the last checkpoint"
         if stopped:
@@ -124,14 +122,6 @@ def ranks():
             if any("torchrun" in word for word in process.cmdline()):
                 found += process.children()
     return found
-
-
-def preempted(args):
-    """What the ranks wrote when a signal stopped them after a checkpoint: {"step", "signal", "checkpoint"}, or None."""
-    try:
-        return json.loads(Path("results", args.experiment, "record", PREEMPTED).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
 
 
 def end_ranks(seconds=20):

@@ -18,6 +18,7 @@ STDLIB_ONLY = (
     "dataset_report",
     "dataset_writer",
     "documents",
+    "faults",
     "hub",
     "instructions",
     "live",
