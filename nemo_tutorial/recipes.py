@@ -10,7 +10,7 @@ from nemo.collections import llm
 from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTokenizer
 from nemo.lightning import io
 
-from nemo_tutorial import callbacks, compat, conversion, cpu, models, performance, resume
+from nemo_tutorial import callbacks, compat, conversion, cpu, models, network_check, performance, resume
 
 # The fields of a NeMo config that say what the model is; all others say how it runs, and stay the recipe's.
 ARCHITECTURE = (
