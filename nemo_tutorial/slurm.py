@@ -117,9 +117,9 @@ def problems(args):
         if not value and name != "setup":
             found.append(f"--{name} is empty; leave it out")
     for name, value in (("--experiment", args.experiment), ("the current folder", str(Path.cwd()))):
-        if re.search(r"[\x00-\x1f\x7f\\]", value):
+        if re.search(r"[\x00-\x1f\x7f\\%]", value):
             found.append(
-                f"{name} {value!r}: the job's log would lie in it, and Slurm can't carry \\ or a new line there"
+                f"{name} {value!r}: the job's log would lie in it, and Slurm can't carry \\, % or a new line there"
             )
     for value in args.env:
         if not re.fullmatch(r"[A-Za-z_]\w*", value, re.ASCII):
@@ -176,15 +176,18 @@ def folder(args):
 
 
 def _directive(name, value=None):
-    """A line of sbatch's: it takes off quotes and backslashes as a shell does, but expands nothing."""
+    """A line of sbatch's, which reads double quotes and backslashes in them as C does, and expands nothing."""
     if value is None:
         return f"#SBATCH --{name}"
-    return f"#SBATCH --{name}=" + re.sub(r"([^\w@%+=:,./-])", r"\\\1", str(value))
+    value = str(value)
+    if not re.fullmatch(r"[\w@%+=:,./-]*", value):
+        value = '"' + re.sub(r'(["\\])', r"\\\1", value) + '"'
+    return f"#SBATCH --{name}={value}"
 
 
 def directives(args, stage):
     """The script's #SBATCH lines."""
-    log = str(folder(args)).replace("%", "%%") + "/%j.log"
+    log = str(folder(args)) + "/%j.log"
     lines = [
         _directive("job-name", args.experiment),
         _directive("output", log),
@@ -488,6 +491,23 @@ def exit_code(run, number):
     if word.startswith(("stopped with a checkpoint", "requeued", "not requeued")):
         return 143
     return 1
+
+
+def cancel(numbers, now=False):
+    """Stop jobs: a running one after a checkpoint of its running step, unless `now`; lines to show."""
+    state, lines = states(numbers), []
+    # The last of a chain first: else it would start.
+    for number in sorted(numbers, key=int, reverse=True):
+        if now or state[number].get("JobState") != "RUNNING":
+            done = subprocess.run(["scancel", number], capture_output=True, text=True)
+            lines.append(f"job {number} is cancelled" if done.returncode == 0 else done.stderr.strip())
+            continue
+        # So that it is not requeued, even close to its time limit.
+        subprocess.run(["scontrol", "update", f"JobId={number}", "Requeue=0"], capture_output=True)
+        done = subprocess.run(["scancel", "--signal=USR1", "--batch", number], capture_output=True, text=True)
+        told = f"job {number} was told to save and stop"
+        lines.append(told if done.returncode == 0 else done.stderr.strip())
+    return lines
 
 
 def launch(recipe, args, stage, environment):
