@@ -1,4 +1,4 @@
-"""Runs on a real Slurm of two nodes, without GPUs and containers: TP across nodes, tokens, time limits, faults, stages."""
+"""Runs on a real Slurm of two nodes, without GPUs and containers: TP over nodes, tokens, time limits, faults."""
 
 import base64
 import contextlib
@@ -88,7 +88,7 @@ if any(word.endswith("rank.py") for word in sys.orig_argv) and os.environ.get("S
 
 
 def test_two_nodes_a_token_and_a_hostile_name(stages, cluster, server, tmp_path):  # noqa: F811
-    """TP over two nodes, waited for: done, checked, the network measured, the token used by the ranks and nowhere read."""
+    """TP over two nodes, waited for: done and checked, the network measured, the token used, and nowhere to be read."""
     server.add("lab/private", stages / "hf_model/tiny")
     (tmp_path / "sitecustomize.py").write_text(ASK)
     env = {
@@ -172,6 +172,9 @@ class Run:
     def history(self):
         return (self.path / "slurm" / "history.txt").read_text().splitlines()
 
+    def requeued(self):
+        return sum(line.endswith(" requeued") for line in self.history())
+
     def seconds_of_job(self):
         text = self.cluster.slurm("squeue", "-h", "-j", self.job, "-o", "%M")
         return sum(int(part) * 60**place for place, part in enumerate(reversed(text.strip().split(":"))))
@@ -214,11 +217,9 @@ def test_three_time_limits(stages, cluster, undisturbed):  # noqa: F811
     for step in (20, 50, 80):
         run.reach(step)
         # The limit comes to the run: within a minute from now, so that the warning is due.
-        limit = run.seconds_of_job() // 60 + 1
+        limit, ends = run.seconds_of_job() // 60 + 1, run.requeued() + 1
         cluster.slurm("scontrol", "update", f"JobId={run.job}", f"TimeLimit={limit}", check=True)
-        cluster.until(
-            lambda: sum("requeued" in x for x in run.history()) == (20, 50, 80).index(step) + 1, "requeue", 150
-        )
+        cluster.until(lambda ends=ends: run.requeued() == ends, "the requeueing", 150)
         cluster.slurm("scontrol", "update", f"JobId={run.job}", "TimeLimit=30", check=True)
     assert cluster.end(run.job) == "COMPLETED"
     history = "\n".join(run.history())
@@ -229,7 +230,7 @@ def test_three_time_limits(stages, cluster, undisturbed):  # noqa: F811
 
 @pytest.mark.full
 def test_faults(stages, cluster, undisturbed):  # noqa: F811
-    """Asked to stop, slurmctld restarted and a node drained, a rank killed, cancelled: nothing lost, in the end equal."""
+    """Asked to stop, slurmctld restarted, a node drained, a rank killed, cancelled: nothing lost, in the end equal."""
     run = Run(stages, cluster, "faults", *STEPS)
 
     run.reach(10)
@@ -276,7 +277,7 @@ def _is_python(pid):
 
 @pytest.mark.full
 def test_chain(stages, cluster):  # noqa: F811
-    """Three jobs one after another, for clusters that do not requeue: the second goes on, the third has nothing to do."""
+    """Three jobs, one after another, where there is no requeueing: the second goes on, the third has nothing to do."""
     run = Run(stages, cluster, "chain", *STEPS, "--chain", 3, "--time", "30", "--save_before", 60)
     first = int(run.job)
     run.reach(10)
