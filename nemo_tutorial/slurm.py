@@ -266,7 +266,7 @@ say() {{
 if [ "${{1:-}}" = chained ]; then
     case "$(tail -n 1 "$run/slurm/history.txt")" in
     *" done") exit 0 ;;
-    *" failed with exit code "*)
+    *" failed"*)
         echo "the job before failed: nothing is done here"
         exit 1
         ;;
@@ -320,7 +320,7 @@ if [ -s "$marker" ]; then
     say "stopped with a checkpoint: $(cat "$marker")"
     if [ "$asked" = limit ] && [ "$requeue" = yes ]; then
         if [ "$(cat "$marker")" = "$before" ]; then
-            say "failed with exit code 1: no step between two time limits"
+            say "failed: no step between two time limits"
             exit 1
         fi
         say requeued
@@ -330,12 +330,13 @@ if [ -s "$marker" ]; then
 fi
 if [ "$code" -eq 0 ]; then
     say "done"
+    exit 0
 elif [ "$asked" = cancelled ]; then
     say "cancelled; the last complete checkpoint is whole"
 else
-    say "failed with exit code $code"
+    say "failed: srun's exit code is $code" # that of the first rank, or of one that was ended because of it
 fi
-exit "$code"
+exit 1
 """
 
 
@@ -483,9 +484,6 @@ def last_word(run, number):
 def exit_code(run, number):
     """The exit code of a job that is over. Slurm forgets jobs after minutes, so the script's own word counts first."""
     word = last_word(run, number) or ""
-    match = re.search(r"failed with exit code (\d+)", word)
-    if match:
-        return int(match.group(1))
     if word == "done":
         return 0
     if word.startswith(("stopped with a checkpoint", "requeued", "not requeued")):
@@ -551,8 +549,22 @@ def wait(run, numbers):
     what = word if word and not word.startswith("started") else "ended without a word (cancelled, or its node is lost)"
     lines = [f"job {number}: {what}" + (f"; Slurm says {state['JobState']}" if state.get("JobState") else "")]
     if code != 143 and log.is_file():
-        lines += ["its last lines:", *("  " + line for line in tail(log, 15)), f"whole log: {log}"]
+        lines += failure(log)
     return code, lines
+
+
+def failure(log, count=15):
+    """The last lines of the rank that ended first, as srun tells, and where the whole log lies."""
+    found = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    first = next(
+        (m for m in (re.match(r"srun: error: (\S+): tasks? (\d+)\S*: (.*)", line) for line in found) if m), None
+    )
+    if first is None:
+        return ["its last lines:", *("  " + line for line in found[-count:]), f"whole log: {log}"]
+    node, rank, how = first.groups()
+    own = [line for line in found if re.match(rf" *{rank}: ", line)]
+    lines = [f"rank {rank} on {node}: {how}; its last lines:", *("  " + line for line in own[-count:])]
+    return [*lines, f"whole log: {log}"]
 
 
 def tail(path, count):

@@ -250,7 +250,7 @@ def test_faults(stages, cluster, undisturbed):  # noqa: F811
     ranks = [pid for pid in ranks if "rank.py" in Path(f"/proc/{pid}/cmdline").read_text() and _is_python(pid)]
     os.kill(int(ranks[-1]), 9)
     assert cluster.end(run.job) == "FAILED"
-    assert "failed with exit code 137" in run.history()[-1]
+    assert "failed: srun's exit code is" in run.history()[-1]
     assert "Restarts=0" in cluster.slurm("scontrol", "show", "job", run.job)
     kept = checkpoints.step(checkpoints.latest(run.path))
     assert kept >= saved["step"]
