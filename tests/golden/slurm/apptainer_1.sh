@@ -42,7 +42,7 @@ say() {
 if [ "${1:-}" = chained ]; then
     case "$(tail -n 1 "$run/slurm/history.txt")" in
     *" done") exit 0 ;;
-    *" failed with exit code "*)
+    *" failed"*)
         echo "the job before failed: nothing is done here"
         exit 1
         ;;
@@ -102,7 +102,7 @@ if [ -s "$marker" ]; then
     say "stopped with a checkpoint: $(cat "$marker")"
     if [ "$asked" = limit ] && [ "$requeue" = yes ]; then
         if [ "$(cat "$marker")" = "$before" ]; then
-            say "failed with exit code 1: no step between two time limits"
+            say "failed: no step between two time limits"
             exit 1
         fi
         say requeued
@@ -112,9 +112,10 @@ if [ -s "$marker" ]; then
 fi
 if [ "$code" -eq 0 ]; then
     say "done"
+    exit 0
 elif [ "$asked" = cancelled ]; then
     say "cancelled; the last complete checkpoint is whole"
 else
-    say "failed with exit code $code"
+    say "failed: srun's exit code is $code" # that of the first rank, or of one that was ended because of it
 fi
-exit "$code"
+exit 1
