@@ -16,13 +16,12 @@ from pathlib import Path
 
 import psutil
 
-from nemo_tutorial import arguments, checkpoints, compat, runs, slurm, terminal
+from nemo_tutorial import arguments, checkpoints, compat, faults, runs, slurm, terminal
 
 ROOT = Path(__file__).resolve().parents[1]
 # What torchrun passes on to the ranks, and how long it lets them save before it kills them: 30 s if it isn't told.
 SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
 SAVING = 1800
-PREEMPTED = "preempted.json"  # in a run's record/
 
 
 def environment(args):
@@ -89,7 +88,7 @@ def launch(recipe, args, name):
         experiment.add(recipe, executor=executor, name=name)
         experiment.run(detach=False, tail_logs=True, sequential=True)
         job = experiment.jobs[0]
-    stopped = preempted(args)
+    stopped = faults.read(Path("results", args.experiment), faults.PREEMPTED)
     if interrupted or stopped:
         line = "interrupted; the same command goes on from the last checkpoint"
         if stopped:
@@ -126,14 +125,6 @@ def ranks():
             if any("torchrun" in word for word in process.cmdline()):
                 found += process.children()
     return found
-
-
-def preempted(args):
-    """What the ranks wrote when a signal stopped them after a checkpoint: {"step", "signal", "checkpoint"}, or None."""
-    try:
-        return json.loads(Path("results", args.experiment, "record", PREEMPTED).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
 
 
 def end_ranks(seconds=20):

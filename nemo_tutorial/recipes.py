@@ -139,7 +139,16 @@ def set_training(recipe, args):
         own.append(run.Config(callbacks.ExitInterval, args.exit_interval))
     if args.check_network:
         own.append(run.Config(network_check.NetworkCheck))
-    own.append(run.Config(callbacks.Preemption, str(metrics.with_name("preempted.json").absolute())))
+    record = str(metrics.parent.absolute())
+    if args.keep_optimizer == "last":  # before the heartbeat, which waits longer for saves
+        own.append(run.Config(callbacks.KeepLastOptimizer, str(metrics.parents[1].absolute())))
+    own += [
+        run.Config(callbacks.OwnSchedule),
+        run.Config(callbacks.RandomState, args.seed),
+        run.Config(callbacks.Heartbeat, record, args.hang_timeout),
+        run.Config(callbacks.LossGuard, record, args.max_loss_spike),
+        run.Config(callbacks.Preemption, str(metrics.with_name("preempted.json").absolute())),
+    ]
     trainer.callbacks = [*(trainer.callbacks or []), *own]
 
 

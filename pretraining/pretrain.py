@@ -23,6 +23,7 @@ def parse_args(argv=None):
     arguments.add_execution(parser, experiment="llama31_pretraining")
     arguments.add_model(parser)
     arguments.add_training(parser, global_batch_size=2048)
+    arguments.add_faults(parser)
     arguments.add_parallelism(parser)
     parser.add_argument(
         "-D",
@@ -99,6 +100,8 @@ def main(argv=None):
     if args.max_steps:
         problems += runs.schedule_problems(args)
     preflight.report(problems)
+    runs.stop_if_finished(args)
+    preflight.report(runs.change_problems(args, source, blend.files()))
     preflight.report(blends.plan(blend, args))
 
     runs.describe(args, model, source)

@@ -21,7 +21,7 @@ TRAINING = """
     -M --model_size --hf_model_id --hf_token -n --nemo_model -s --seq_length
     --max_steps --exit_interval -g --global_batch_size -m --micro_batch_size --lr --min_lr --warmup_steps
     --val_check_interval --limit_val_batches --save_top_k --seed --num_workers --precision --fp8 --fp8_recipe
-    --performance
+    --performance --keep_optimizer --fresh --allow_change --hang_timeout --max_restarts --max_loss_spike
     -T --tensor_model_parallel_size -P --pipeline_model_parallel_size -C --context_parallel_size
     --expert_model_parallel_size --sequence_parallel --no_sequence_parallel -D --dataset_path
     --wandb --wandb_project --wandb_name --wandb_token

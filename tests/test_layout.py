@@ -17,6 +17,7 @@ STDLIB_ONLY = (
     "dataset_report",
     "dataset_writer",
     "documents",
+    "faults",
     "hub",
     "instructions",
     "megatron_data",
