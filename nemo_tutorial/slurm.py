@@ -13,7 +13,7 @@ import sys
 import time
 from pathlib import Path
 
-from nemo_tutorial import terminal
+from nemo_tutorial import faults, terminal
 
 ROOT = Path(__file__).resolve().parents[1]
 CONTAINERS = ("pyxis", "apptainer", "none")
@@ -547,7 +547,9 @@ def wait(run, numbers):
     log = Path(run) / "slurm" / f"{number}.log"
     state = states([number]).get(number, {})
     what = word if word and not word.startswith("started") else "ended without a word (cancelled, or its node is lost)"
-    lines = [f"job {number}: {what}" + (f"; Slurm says {state['JobState']}" if state.get("JobState") else "")]
+    cause = faults.read(run, faults.FAILURE)
+    lines = [f"{cause['kind']} at step {cause['step']}, rank {cause['rank']}: {cause['message']}"] if cause else []
+    lines += [f"job {number}: {what}" + (f"; Slurm says {state['JobState']}" if state.get("JobState") else "")]
     if code != 143 and log.is_file():
         lines += failure(log)
     return code, lines

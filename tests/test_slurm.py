@@ -211,6 +211,24 @@ def equal(run, other):
 
 
 @pytest.mark.full
+def test_submitting_takes_little_more_than_importing_nemo(stages, cluster):  # noqa: F811
+    """The quickest of three, in turn: from the command to the submitted job, and NeMo's import alone."""
+    imported, submitted = [], []
+    code = "import nemo_tutorial, nemo_run; from nemo_tutorial import recipes"
+    for number in range(3):
+        began = time.monotonic()
+        subprocess.run([sys.executable, "-c", code], cwd=stages, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True)
+        imported.append(time.monotonic() - began)
+        began = time.monotonic()
+        run = Run(stages, cluster, f"quick{number}", "-N", 2, "-T", 2, "--max_steps", 4)
+        submitted.append(time.monotonic() - began)
+        cluster.slurm("scancel", run.job)
+        cluster.end(run.job)
+    print(f"import {min(imported):.1f} s, submitted after {min(submitted):.1f} s")
+    assert min(submitted) - min(imported) < 2
+
+
+@pytest.mark.full
 def test_three_time_limits(stages, cluster, undisturbed):  # noqa: F811
     """Warned ahead of the limit, saved, requeued, gone on, three times; then bit-equal to the run without a limit."""
     run = Run(stages, cluster, "limits", *STEPS, "--time", "30", "--save_before", 60)
