@@ -360,3 +360,24 @@ def test_all_stages(tmp_path, cluster):  # noqa: F811
     assert (work / "hf_ckpt" / "model.safetensors").is_file() or list((work / "hf_ckpt").glob("*.safetensors"))
     for name in ("llama31_pretraining", "llama31_finetuning"):
         assert checkpoints.step(checkpoints.latest(work / "results" / name)) == 10
+
+
+def test_dry_run_full_writes_what_sbatch_needs(stages):
+    """Two nodes of eight GPUs: the recipe with what was corrected is shown; script, recipe and code lie in the run."""
+    argv = "--executor slurm --container_image nvcr.io#nvidia/nemo:25.02 -N 2 -G 8 -T 2 -g 16 --max_steps 4 -E full"
+    flags = [*TRAIN, *argv.split(), "--dry_run", "full"]
+    done = script(stages, "pretraining/pretrain.py", *flags, HF_TOKEN=CANARY, WANDB_API_KEY=CANARY)
+    folder = stages / "results" / "full" / "slurm"
+    for words in ("tensor_model_parallel_size: 2", "resume_ignore_no_checkpoint: true", "sequence_parallel: true"):
+        assert words in done.stdout
+    assert (folder / "script.sh").read_text() in done.stdout and f"sbatch {folder / 'script.sh'}" in done.stdout
+    assert (folder / "recipe").stat().st_mode & 0o777 == 0o600
+    assert (folder / "code" / "nemo_tutorial" / "rank.py").read_text() == (ROOT / "nemo_tutorial/rank.py").read_text()
+    assert CANARY not in done.stdout + done.stderr
+    forms = list(encoded(CANARY))
+    for path, data in contents(folder):
+        assert not any(form in data for form in forms), path
+    # The forms do find a token, wherever it begins.
+    for before in range(3):
+        hidden = base64.b64encode(b"x" * before + CANARY.encode() + b"yz")
+        assert any(form in hidden for form in forms)
