@@ -73,8 +73,10 @@ def launch(recipe, args, name):
         return slurm.launch(serialized(recipe), args, name, environment(args))
     import nemo_run as run
 
-    executor, interrupted = local(args), []
-    if os.environ.get("NODE_RANK", "0") == "0":
+    executor, interrupted, title = local(args), [], args.experiment
+    if args.num_nodes > 1 and os.environ["NODE_RANK"] != "0":
+        title += f"_node{os.environ['NODE_RANK']}"  # NeMo-Run's folder is named by the second, and so would be the same
+    else:
         here = {"pid": os.getpid(), "host": os.uname().nodename, "began": psutil.Process().create_time()}
         file = Path("results", args.experiment, "record", "launcher.json")
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -84,7 +86,7 @@ def launch(recipe, args, name):
     # because Python leaves Ctrl-C ignored where the shell did (`script &`).
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, lambda number, frame: _on_signal(number, interrupted))
-    with run.Experiment(args.experiment, base_dir=str(Path.cwd()), skip_status_at_exit=True) as experiment:
+    with run.Experiment(title, base_dir=str(Path.cwd()), skip_status_at_exit=True) as experiment:
         experiment.add(recipe, executor=executor, name=name)
         experiment.run(detach=False, tail_logs=True, sequential=True)
         job = experiment.jobs[0]
