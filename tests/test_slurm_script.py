@@ -3,7 +3,6 @@
 SLURM_GOLDEN=write writes the golden files anew, after a wanted change.
 """
 
-import json
 import os
 import re
 import shlex
@@ -130,17 +129,14 @@ def run_with_stubs(path, folder):
     """Run a script with bash; srun and scontrol only write down their words. Returns srun's words, or None."""
     bin = folder / ".bin"
     bin.mkdir(exist_ok=True)
-    words = bin / "words.json"
+    words = bin / "words"
     words.unlink(missing_ok=True)
-    for name, body in (
-        ("srun", f"import json, sys; json.dump(sys.argv[1:], open({str(words)!r}, 'w'))"),
-        ("scontrol", "print('NodeAddr=127.0.0.1')"),
-    ):
-        (bin / name).write_text(f"#!{sys.executable}\n{body}\n")
+    for name, body in (("srun", f"printf '%s\\0' \"$@\" >{words}"), ("scontrol", "echo NodeAddr=127.0.0.1")):
+        (bin / name).write_text(f"#!/bin/sh\n{body}\n")
         (bin / name).chmod(0o755)
     env = {"PATH": f"{bin}:/usr/bin:/bin", "SLURM_JOB_ID": "7", "SLURM_CPUS_ON_NODE": "8", "SLURM_JOB_NODELIST": "n1"}
     done = subprocess.run(["bash", path], env=env, capture_output=True, text=True, cwd=folder)
-    return (json.loads(words.read_text()) if words.exists() else None), done
+    return (words.read_text().split("\0")[:-1] if words.exists() else None), done
 
 
 def hostile_flags(flag, value):

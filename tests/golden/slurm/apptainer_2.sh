@@ -59,7 +59,7 @@ export SRUN_CPUS_PER_TASK=$((cpus > 0 ? cpus : 1))
 
 marker=$run/record/preempted.json
 before=$(cat "$marker" 2>/dev/null)
-rm -f "$marker"
+rm -f "$marker" "$run/record/failure.json"
 
 # Ahead of the time limit, or by `scancel --signal=USR1 --batch`: the ranks save and stop. Slurm asks this shell only,
 # and srun passes it on to every rank.
