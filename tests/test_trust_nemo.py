@@ -197,7 +197,7 @@ def test_objects_among_the_tensors(stages, tmp_path, kind):
 
 
 def test_names_reach_only_what_is_meant():
-    """In the installed NeMo, what stands for all classes of a module is also what it imports: of these packages only."""
+    """In the installed NeMo, what stands for all classes of a module is what it imports, too: of these packages."""
     strange, seen = set(), 0
     for names in (trust.CONFIGS, trust.PICKLED):
         for pattern, *words in names.lines:
