@@ -6,7 +6,7 @@
 runs the tools in turn on the same files (benchmarks/texts.py: 200 MB of English and code, 100 MB of Traditional
 Chinese, a tokenizer of 128,000 entries), then ours on 2 GB of both, with one worker and with two. What has been
 measured is kept in --folder, so that --corpora and --contestants can do it in parts; the table shows all of it. Memory
-is the largest sum of the processes' PSS (pages that they share are counted once), looked at ten times a second.
+is the largest sum of the processes' PSS (pages that they share are counted once), looked at up to ten times a second.
 
 The peers are run as they are, from checkouts of theirs, with the same special tokens as ours. What this environment
 lacks for them is put beside them at run time (MEGATRON_LM_SHIM and NEMO_RUNNER below). nltk and ftfy (NeMo's script),
@@ -117,11 +117,13 @@ def measure(command, environment, log):
             stderr=subprocess.STDOUT,
         )
         while process.poll() is None:
+            looked = time.perf_counter()
             try:
                 peak = max(peak, memory(process))
             except psutil.NoSuchProcess:
                 break
-            time.sleep(0.1)
+            # The kernel stops the process while it counts its pages: for a twentieth of the time at most.
+            time.sleep(max(0.1, 19 * (time.perf_counter() - looked)))
         process.wait()
     seconds = time.perf_counter() - began
     own = re.search(r"(?:Elapsed time: |^  seconds +)([\d.]+)", log.read_text(), re.M)

@@ -29,6 +29,7 @@ def parse_args(argv=None):
     arguments.add_training(parser, global_batch_size=128)
     options.add_schedule(parser)
     options.add_memory(parser)
+    arguments.add_faults(parser)
     arguments.add_parallelism(parser)
     parser.add_argument("-D", "--dataset_path", required=True, help="folder of training.jsonl and validation.jsonl")
     parser.add_argument(
@@ -121,6 +122,9 @@ def prepare(args, source):
         terminal.fail([str(error)])
     preflight.report(schedule_problems(args, data.facts["training"]["samples"], data.batch))
     args.limit_val_batches = min(args.limit_val_batches or 32, data.validation_batches)
+    runs.stop_if_finished(args)
+    files = [Path(args.dataset_path) / f"{name}.jsonl" for name in ("training", "validation")]
+    preflight.report(runs.change_problems(args, source, files))
     args.packs = [data.pack_size, data.batch] if args.packing else None  # kept in the run's record
     return data
 
@@ -271,6 +275,7 @@ def main(argv=None):
     if not problems:
         planned, problems = estimate(args, rows)
     preflight.report(problems or plan.disk_problems(planned, model))
+    runs.stop_if_finished(planned)
 
     data = None
     if args.dry_run == "plan":

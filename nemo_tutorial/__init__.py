@@ -1,8 +1,8 @@
 """What must stay equal between the scripts: flags, checks, recipes, launch.
 
-`arguments`, `models`, `checkpoints`, `corpora`, `hub`, `megatron_data`, `blends`, `schedule`, `preflight` and
-`terminal` need only the standard library; the others import NeMo, which takes half a minute, so scripts import those
-late.
+`arguments`, `models`, `checkpoints`, `corpora`, `hub`, `megatron_data`, `blends`, `schedule`, `preflight`, `slurm`,
+`network` and `terminal` need only the standard library; the others import NeMo, which takes half a minute, so scripts
+import those late.
 """
 
 import os

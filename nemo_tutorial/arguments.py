@@ -127,6 +127,13 @@ def positive(text):
     return int(text)
 
 
+def natural(text):
+    """An argparse type: a whole number, 0 or above."""
+    if not re.fullmatch(r"\d+", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
+    return int(text)
+
+
 def file_size(text):
     """An argparse type: a size of files as Hugging Face writes it, such as 5GB."""
     if not re.fullmatch(r"[1-9]\d*(K|M|G|T)B", text.strip().upper()):
@@ -283,6 +290,12 @@ def add_training(parser, global_batch_size):
     )
     group.add_argument("--limit_val_batches", type=positive, help="batches a validation [32, or all if fewer]")
     group.add_argument("--save_top_k", type=positive, default=2, help="checkpoints kept, by validation loss [2]")
+    group.add_argument(
+        "--keep_optimizer",
+        choices=("all", "last"),
+        default="all",
+        help="last: older checkpoints lose their optimizer state, most of their size [all]",
+    )
     group.add_argument("--seed", type=int, default=1234, help="seed of the data order and of new weights [1234]")
     group.add_argument("--num_workers", type=int, default=2, help="data loader processes a GPU [2]")
     group.add_argument("--precision", choices=("bf16", "fp32"), default="bf16", help="[bf16]")
@@ -290,6 +303,31 @@ def add_training(parser, global_batch_size):
     group.add_argument("--fp8_recipe", choices=FP8_RECIPES, help="how FP8 values are scaled [delayed_scaling]")
     group.add_argument(
         "--performance", choices=("auto", "off"), default="auto", help="off: NeMo's own settings of speed [auto]"
+    )
+
+
+def add_faults(parser):
+    """What a run may not do when it goes on, and what happens when it fails."""
+    group = parser.add_argument_group("going on and faults")
+    group.add_argument("--fresh", action="store_true", help="refuse to go on: the run must not exist yet")
+    group.add_argument(
+        "--allow_change", action="store_true", help="go on although data, tokenizer, model or schedule have changed"
+    )
+    group.add_argument(
+        "--hang_timeout",
+        type=positive,
+        default=90,
+        metavar="SECONDS",
+        help="without a micro batch's end a rank hangs, and all are ended [90]",
+    )
+    group.add_argument(
+        "--max_restarts", type=natural, default=0, metavar="N", help="local: starts again after a failure [0]"
+    )
+    group.add_argument(
+        "--max_loss_spike",
+        type=float,
+        metavar="FACTOR",
+        help="stop when a loss is this many times the mean of the 20 steps before [never]",
     )
 
 

@@ -46,6 +46,10 @@ class Blend:
         """Every source once."""
         return list(dict.fromkeys(part.prefix for parts in self.parts for part in parts))
 
+    def files(self):
+        """The files of every source."""
+        return [f"{prefix}.{end}" for prefix in self.prefixes() for end in ("idx", "bin")]
+
     def paths(self):
         """What NeMo's PreTrainingDataModule takes: a list, or a dict of lists where the splits have their own sources.
 

@@ -1,14 +1,26 @@
 """What runs in the ranks beside NeMo's own callbacks; progress.py, samples.py and loggers.py have more."""
 
+import collections
+import contextlib
+import datetime
+import faulthandler
 import json
+import math
 import os
 import re
 import signal
+import sys
+import threading
 import time
+import traceback
 from pathlib import Path
 
+import psutil
 import torch
 from lightning.pytorch import Callback
+from nemo.lightning import megatron_init
+
+from nemo_tutorial import faults, retention
 
 
 class ExitInterval(Callback):
@@ -53,13 +65,22 @@ class Preemption(Callback):
         # torchrun passes a signal on to the rank's process group: the loaders' processes would die before the save.
         os.register_at_fork(after_in_child=lambda: os.setpgid(0, 0))
 
-    def on_fit_start(self, trainer, pl_module):
+    def on_sanity_check_start(self, trainer, pl_module):
         self._listen()  # instead of Lightning's, which ends the one rank that got the signal
+
+    def on_train_start(self, trainer, pl_module):
+        self._listen()
+
+    def on_fit_start(self, trainer, pl_module):
         # On the CPU: a flag on the GPU would make every step wait for it.
         self.group = torch.distributed.new_group(backend="gloo")
         if trainer.is_global_zero:
             self.marker.parent.mkdir(parents=True, exist_ok=True)
             self.marker.unlink(missing_ok=True)
+            try:
+                self.lock = faults.hold(self.marker.parents[1])
+            except BlockingIOError:
+                raise RuntimeError(f"{self.marker.parents[1]} is being trained by another process") from None
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         self._stop_if_signalled(trainer, trained=True)
@@ -108,3 +129,235 @@ class Preemption(Callback):
         if finalize:  # a save in the background
             finalize(blocking=True)
         return saver.last_model_path.removesuffix(".ckpt")
+
+
+class OwnSchedule(Callback):
+    """Keep the learning rate schedule that this start was given.
+
+    NeMo restores the checkpoint's with the step: a raised --max_steps would be trained at the old floor.
+    """
+
+    PLACE = ("last_epoch", "_step_count", "_last_lr", "_get_lr_called_within_step")  # where in the schedule it is
+
+    def on_fit_start(self, trainer, pl_module):
+        self.own = [
+            {name: value for name, value in config.scheduler.state_dict().items() if name not in self.PLACE}
+            for config in trainer.lr_scheduler_configs
+        ]
+
+    def on_train_start(self, trainer, pl_module):
+        for config, own in zip(trainer.lr_scheduler_configs, self.own):
+            config.scheduler.__dict__.update(own)
+            if trainer.global_step:  # the rate of the step to come, by these values
+                config.scheduler.last_epoch -= 1
+                config.scheduler.step()
+
+
+class RandomState(Callback):
+    """Seed every step by its number, so that a run that was interrupted draws the same dropout: NeMo saves no state."""
+
+    def __init__(self, seed):
+        self.seed = seed
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        megatron_init._set_random_seed(max(1, (self.seed + 1_000_003 * (trainer.global_step + 1)) % 2**31))
+
+
+def write_failure(folder, trainer, kind, message):
+    """Write down why a run ends: `folder`/failure.json, by the rank that sees it first; the others' are dropped.
+
+    Fields: kind, rank, step (the one that runs, counted from 1), samples ([first, last] of that step), message.
+    """
+    sampler = getattr(trainer.datamodule, "data_sampler", None)
+    step, batch = trainer.global_step + 1, getattr(sampler, "global_batch_size", None)
+    if kind in ("NaN", "spike"):
+        step -= 1  # seen after it
+    values = {
+        "kind": kind,
+        "rank": trainer.global_rank,
+        "step": step,
+        "samples": [(step - 1) * batch, step * batch - 1] if batch else None,
+        "message": message,
+    }
+    partial = Path(folder, f".failure.{trainer.global_rank}.partial")
+    try:
+        partial.write_text(json.dumps(values, ensure_ascii=False), encoding="utf-8")
+        os.link(partial, Path(folder, "failure.json"))
+    except OSError:  # another rank was first, or the disk is full
+        pass
+    finally:
+        partial.unlink(missing_ok=True)
+    print(f"rank {values['rank']}, step {step}, samples {values['samples']}: {message}", flush=True)
+
+
+class LossGuard(Callback):
+    """Stop when the loss or the gradients are NaN or infinite, or the loss jumps: before a checkpoint is overwritten.
+
+    `max_spike` is how many times the mean loss of the 20 steps before a loss may be; None for any.
+    """
+
+    STEPS = 20
+    LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL")  # another rank is gone
+
+    def __init__(self, folder, max_spike=None):
+        self.folder, self.max_spike = folder, max_spike
+        self.before, self.outputs = collections.deque(maxlen=self.STEPS), []
+
+    def on_megatron_reduce_microbatches_start(self, step=None, microbatch_outputs=(), **kwargs):
+        self.outputs = microbatch_outputs
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        values = {name: trainer.callback_metrics.get(name) for name in ("reduced_train_loss", "grad_norm")}
+        values = {name: float(value) for name, value in values.items() if value is not None}
+        for name, value in values.items():
+            if not math.isfinite(value):
+                own = self._bad_micro_batches()
+                time.sleep(0 if own else 3)  # the rank that it came from shall be the one that is named
+                where = f", in micro batch {', '.join(map(str, own))} of this rank" if own else ""
+                what = {"reduced_train_loss": "loss", "grad_norm": "gradient norm"}[name]
+                self._stop(trainer, "NaN", f"the {what} is {value}{where}")
+        loss = values.get("reduced_train_loss", 0.0)
+        if self.max_spike and len(self.before) >= 5:
+            mean = sum(self.before) / len(self.before)
+            if loss > self.max_spike * mean:
+                what = (
+                    f"the loss is {loss:.4g}, {loss / mean:.3g} times the mean of the {len(self.before)} steps before"
+                )
+                self._stop(trainer, "spike", what)
+        self.before.append(loss)
+
+    def _bad_micro_batches(self):
+        def bad(value):
+            if isinstance(value, dict):
+                return any(bad(part) for part in value.values())
+            if isinstance(value, (list, tuple)):
+                return any(bad(part) for part in value)
+            return torch.is_tensor(value) and value.is_floating_point() and not bool(torch.isfinite(value).all())
+
+        return [number for number, output in enumerate(self.outputs or ()) if bad(output)]
+
+    def _stop(self, trainer, kind, message):
+        write_failure(self.folder, trainer, kind, message)
+        raise SystemExit(1)
+
+    def on_exception(self, trainer, pl_module, exception):
+        if not isinstance(exception, Exception):  # a SystemExit: it has been said why
+            return
+        text, kind = str(exception), "exception"
+        if "NaN" in text or " Inf" in text:
+            kind = "NaN"
+        elif "No space left" in text or "File too large" in text:
+            kind = "full disk"
+        elif any(word in text for word in self.LOST):
+            kind = "lost"
+            time.sleep(3)  # the rank that is the cause shall be the one that is named, if it still can
+        write_failure(self.folder, trainer, kind, f"{type(exception).__name__}: {text[:1000]}")
+
+
+class Heartbeat(Callback):
+    """End this rank, and those beside it, when nothing has moved for `seconds`: a rank that hangs holds all others.
+
+    What moves is a micro batch, not a step, which may take minutes. Until the first step is done, and while a
+    checkpoint is written, `SLOW` seconds count.
+    """
+
+    SLOW = 1800
+
+    def __init__(self, folder, seconds):
+        self.folder, self.seconds = folder, seconds
+        self.deadline, self.last, self.trainer, self.settled = math.inf, "start", None, False
+
+    def _beat(self, what, seconds=None):
+        self.last = what
+        self.deadline = time.monotonic() + (seconds or (self.seconds if self.settled else max(self.SLOW, self.seconds)))
+
+    def on_train_start(self, trainer, pl_module):
+        self.trainer, self.main = trainer, threading.get_ident()
+        self._beat("the first step")
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self._beat("a step's start")
+
+    def on_megatron_microbatch_start(self, **kwargs):
+        self._beat("a micro batch")
+
+    def on_megatron_microbatch_end(self, **kwargs):
+        self._beat("a micro batch")
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.settled = True
+        self._beat("a step's end")
+
+    def on_validation_start(self, trainer, pl_module):
+        self._beat("a validation's start", self.SLOW)
+
+    def on_validation_end(self, trainer, pl_module):
+        self._beat("saving", self.SLOW)
+
+    def on_save_checkpoint(self, trainer, pl_module, checkpoint):
+        self._beat("saving", self.SLOW)
+
+    def on_train_end(self, trainer, pl_module):
+        self._beat("the end", self.SLOW)
+
+    def on_exception(self, trainer, pl_module, exception):
+        self._beat("the end", self.seconds)
+
+    def teardown(self, trainer, pl_module, stage):
+        self.deadline = math.inf
+        faulthandler.cancel_dump_traceback_later()
+
+    def _watch(self):
+        before = time.monotonic()
+        while True:
+            now = time.monotonic()
+            if now - before > 10:  # all of this process stood still, as in a job that Slurm suspends
+                self.deadline += now - before
+            before = now
+            if now > self.deadline:
+                break
+            if self.deadline < math.inf:
+                # A thread of C: it ends the process when this one gets no turn, as where C code holds Python's lock.
+                faulthandler.dump_traceback_later(max(self.seconds, self.deadline - now) + 5, exit=True)
+            time.sleep(1)
+        stack = traceback.extract_stack(sys._current_frames()[self.main])[-1]
+        where = f"{stack.filename}:{stack.lineno} in {stack.name}"
+        faulthandler.dump_traceback(all_threads=True)
+        write_failure(
+            self.folder, self.trainer, "hang", f"nothing moved for {self.seconds} s after {self.last}; it is at {where}"
+        )
+        sys.stdout.flush()
+        # A stopped process does not end itself, and torchrun would wait for it as long as for a save.
+        parent = psutil.Process().parent()
+        if any("torchrun" in word for word in parent.cmdline()):
+            time.sleep(3)  # the others may have something to say
+            for process in parent.children():
+                if process.pid != os.getpid():
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        process.kill()
+        os._exit(1)
+
+
+class KeepLastOptimizer(Callback):
+    """After each save, take the optimizer state out of the run's older checkpoints."""
+
+    def __init__(self, run):
+        self.run, self.seen, self.group = run, 0, None
+
+    def on_fit_start(self, trainer, pl_module):
+        self.group = torch.distributed.new_group(backend="gloo", timeout=datetime.timedelta(hours=2))
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        saved = trainer.checkpoint_callback._last_global_step_saved
+        if saved == self.seen:
+            return
+        self.seen = saved
+        if trainer.is_global_zero:
+            for checkpoint in retention.older(self.run):
+                try:
+                    saved = retention.drop_optimizer(checkpoint)
+                    print(f"{checkpoint.name}: optimizer state dropped, {saved / 1e9:.3g} GB", flush=True)
+                except (OSError, ValueError) as error:
+                    print(f"warning: {checkpoint.name} keeps its optimizer state: {error}", flush=True)
+        torch.distributed.barrier(self.group)  # the checkpoint must not be removed by NeMo meanwhile

@@ -19,6 +19,7 @@ ASSETS = (
 ).split()
 MANIFEST = "manifest.json"  # of a checkpoint that we imported: its files, their sizes and hashes, and its source
 LARGE = 1 << 20  # larger files are weights: their content is checked only before it is used
+NO_OPTIMIZER = "no_optimizer"  # an empty file in a checkpoint whose optimizer state was dropped
 UNFINISHED = "-unfinished"  # NeMo's marker beside a checkpoint that is being written or removed
 
 
@@ -154,6 +155,12 @@ def step(path):
     """Finished optimizer steps of a checkpoint, from its name (NeMo counts from 0); 0 for an imported one."""
     match = re.search(r"step=(\d+)", Path(path).name)
     return int(match.group(1)) + 1 if match else 0
+
+
+def consumed(path):
+    """Samples that a checkpoint's run had consumed, from its name; None if it doesn't say."""
+    match = re.search(r"consumed_samples=(\d+)", Path(path).name)
+    return int(match.group(1)) if match else None
 
 
 def latest(run):

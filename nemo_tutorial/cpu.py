@@ -346,7 +346,6 @@ def _patch_nemo():
     from nemo.collections.llm.peft import utils as peft_utils
     from nemo.lightning import io, megatron_init
     from nemo.lightning.io import pl
-    from nemo.lightning.pytorch.callbacks.progress_printer import ProgressPrinter
 
     class NoTransformerEngine:
         """A class that no module is an instance of."""
@@ -354,8 +353,6 @@ def _patch_nemo():
     # Megatron's TE classes import as None here, and LoRA asks isinstance(module, None).
     peft_utils.HAVE_TE = False
     lora.te = types.SimpleNamespace(Linear=NoTransformerEngine, LayerNormLinear=NoTransformerEngine)
-    # Rank 0 alone gathers a list of no timers: NCCL gets through that, gloo waits for the others for ever.
-    ProgressPrinter.log_megatron_timers = lambda self, timers: None
     # Asserts that CUDA is initialised; it only moves tensors between GPUs.
     pl._fix_tensors_device = lambda ckpt: ckpt
 

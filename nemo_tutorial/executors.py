@@ -16,13 +16,12 @@ from pathlib import Path
 
 import psutil
 
-from nemo_tutorial import compat, live, slurm, terminal
+from nemo_tutorial import arguments, checkpoints, compat, faults, live, runs, slurm, terminal
 
 ROOT = Path(__file__).resolve().parents[1]
 # What torchrun passes on to the ranks, and how long it lets them save before it kills them: 30 s if it isn't told.
 SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
 SAVING = 1800
-PREEMPTED = "preempted.json"  # in a run's record/
 
 
 def environment(args):
@@ -74,20 +73,27 @@ def launch(recipe, args, name):
         return slurm.launch(serialized(recipe), args, name, environment(args))
     import nemo_run as run
 
-    executor, interrupted = local(args), []
+    executor, interrupted, title = local(args), [], args.experiment
+    if args.num_nodes > 1 and os.environ["NODE_RANK"] != "0":
+        title += f"_node{os.environ['NODE_RANK']}"  # NeMo-Run's folder is named by the second, and so would be the same
+    else:
+        here = {"pid": os.getpid(), "host": os.uname().nodename, "began": psutil.Process().create_time()}
+        file = Path("results", args.experiment, "record", "launcher.json")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(here), encoding="utf-8")
     # A handler and no KeyboardInterrupt: NeMo-Run waits for the job while the `with` below is left, in a thread
     # pool that an exception would wait for too. Once the ranks are gone that wait ends by itself. Set by hand,
     # because Python leaves Ctrl-C ignored where the shell did (`script &`).
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, lambda number, frame: _on_signal(number, interrupted))
-    with run.Experiment(args.experiment, base_dir=str(Path.cwd()), skip_status_at_exit=True) as experiment:
+    with run.Experiment(title, base_dir=str(Path.cwd()), skip_status_at_exit=True) as experiment:
         experiment.add(recipe, executor=executor, name=name)
         watched = sys.stdout.isatty()
         bar = live.bar(args.experiment, args.max_steps, Path("results", args.experiment)) if watched else None
         with bar or contextlib.nullcontext():
             experiment.run(detach=False, tail_logs=not watched, sequential=True)
         job = experiment.jobs[0]
-    stopped = preempted(args)
+    stopped = faults.read(Path("results", args.experiment), faults.PREEMPTED)
     if interrupted or stopped:
         line = "interrupted; the same command goes on from the last checkpoint"
         if stopped:
@@ -124,14 +130,6 @@ def ranks():
             if any("torchrun" in word for word in process.cmdline()):
                 found += process.children()
     return found
-
-
-def preempted(args):
-    """What the ranks wrote when a signal stopped them after a checkpoint: {"step", "signal", "checkpoint"}, or None."""
-    try:
-        return json.loads(Path("results", args.experiment, "record", PREEMPTED).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
 
 
 def end_ranks(seconds=20):
@@ -179,3 +177,91 @@ def launch_text(recipe, args, name):
         experiment.add(recipe, executor=executor, name=name)
         terminal.describe("launch", [("executor", args.executor)])
         experiment.dryrun(delete_exp_dir=True)
+
+
+def status(run):
+    """Print what became of a run: its jobs or its launcher, its steps, its checkpoint. Returns an exit code."""
+    rows = []
+    known = slurm.states(slurm.jobs(run))
+    for number in slurm.jobs(run):
+        state, word = known.get(number, {}), slurm.last_word(run, number)
+        shown = [state.get("JobState"), state.get("Reason") if state.get("JobState") == "PENDING" else None]
+        if state.get("JobState") == "RUNNING":
+            shown += [f"on {state.get('NodeList')}", f"{state.get('RunTime')} of {state.get('TimeLimit')}"]
+        shown += [word]
+        rows.append((f"job {number}", ", ".join(filter(None, shown)) or "ended without a word"))
+    process = launcher(run)
+    if process:
+        rows.append(("launcher", f"process {process['pid']} on {process['host']}, " + process["state"]))
+    steps = None
+    with contextlib.suppress(OSError, ValueError, IndexError, KeyError):
+        steps = json.loads(slurm.tail(run / "record" / "metrics.jsonl", 1)[0])["step"]
+    flags = (runs.record(run).get("starts") or [{}])[-1].get("flags", {})
+    rows.append(("steps", f"{steps or 0} of {flags.get('max_steps', '?')}"))
+    rows.append(("last checkpoint", checkpoints.latest(run) or "none complete"))
+    terminal.describe(str(run), rows)
+    return 0
+
+
+def launcher(run):
+    """The last local launcher of a run: {"pid", "host", "state"}, or None."""
+    try:
+        found = json.loads((run / "record" / "launcher.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    if found["host"] != os.uname().nodename:
+        return {**found, "state": "maybe running: ask there"}
+    try:
+        alive = abs(psutil.Process(found["pid"]).create_time() - found["began"]) < 1
+    except psutil.NoSuchProcess:
+        alive = False
+    return {**found, "state": "running" if alive else "over"}
+
+
+def logs(run):
+    """Print the newest log of a run, and go on while its job runs. Returns an exit code."""
+    numbers = slurm.jobs(run)
+    started = [number for number in numbers if (run / "slurm" / f"{number}.log").is_file()]
+    waiting = [number for number in slurm.alive(run) if number not in started]
+    if started or waiting:
+        return 130 if slurm.follow(run, (started or waiting)[-1]) else 0
+    found = sorted((Path.cwd() / "experiments" / run.name).rglob("combined.log"), key=lambda log: log.stat().st_mtime)
+    if not found:
+        terminal.fail([f"{run} has no log yet, or ran from another folder than this one"])
+    print(found[-1].read_text(encoding="utf-8", errors="replace"), end="")
+    return 0
+
+
+def cancel(run, now=False):
+    """Stop a run: after a checkpoint of the running step, or `now`. Returns an exit code."""
+    numbers, process = slurm.alive(run), launcher(run)
+    if numbers:
+        for line in slurm.cancel(numbers, now):
+            print(line)
+        return 0
+    if process and process["state"] == "running":
+        os.kill(process["pid"], signal.SIGTERM)
+        print(f"process {process['pid']} was told to stop" + (", after a checkpoint" if not now else ""))
+        if now:
+            os.kill(process["pid"], signal.SIGTERM)  # the second one does not wait
+        return 0
+    where = f" here; its launcher is on {process['host']}" if process and process["state"] != "over" else ""
+    terminal.fail([f"nothing of {run} runs{where}"])
+
+
+def main(argv=None):
+    parser = arguments.Parser("What became of a run: its state, its log, its end.")
+    parser.add_argument("what", choices=("status", "logs", "cancel"))
+    parser.add_argument("run", help="results/NAME, or NAME")
+    parser.add_argument("--now", action="store_true", help="cancel: without a checkpoint first")
+    args = parser.parse_args(argv)
+    run = Path(args.run) if Path(args.run).is_dir() else Path("results", args.run)
+    if not ((run / "slurm").is_dir() or (run / "record").is_dir()):
+        terminal.fail([f"{args.run} is not a run: neither it nor {run} holds slurm/ or record/"])
+    if args.now and args.what != "cancel":
+        terminal.fail([f"--now has no effect with {args.what}; leave it out"])
+    sys.exit({"status": status, "logs": logs}[args.what](run) if args.what != "cancel" else cancel(run, args.now))
+
+
+if __name__ == "__main__":
+    main()

@@ -49,7 +49,7 @@ class Bar:
             self.read = 0
         self.log, self.log_read, self.last_said = None, 0, ""
         self.step = self.validation = None
-        self.steps = []  # (seconds, how many lines) of the last ones
+        self.first = self.newest = None  # (moment, step) of what was seen first, and last
 
     def look(self, last=False):
         """Read what was written since the last look, and draw."""
@@ -59,7 +59,8 @@ class Bar:
                 self.validation = line
             elif "loss" in line:
                 self.step = line
-                self.steps = [*self.steps[-19:], line.get("seconds", 0)]
+                self.newest = (time.time(), line["step"])
+                self.first = self.first or self.newest
         width = shutil.get_terminal_size().columns
         for warning in warnings:
             self.out.write("\r\x1b[K" + warning + "\n")
@@ -109,7 +110,9 @@ class Bar:
             state = f"validation before the first step: {self.validation['val_loss']:.4f}" if self.validation else None
             return f"starting {waited}  {state or self.last_said or 'importing NeMo'}"[:width]
         line, done = self.step, self.step["step"] / self.total
-        seconds = sum(self.steps) / len(self.steps)
+        seconds = line.get("seconds", 0)
+        if self.newest[1] > self.first[1]:  # of the clock, so that validations and saving are in it
+            seconds = (self.newest[0] - self.first[0]) / (self.newest[1] - self.first[1])
         parts = [f"{line['step']}/{self.total}", f"loss {line['loss']:.4f}"]
         if self.validation:
             parts.append(f"val {self.validation['val_loss']:.4f}")

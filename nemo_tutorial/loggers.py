@@ -3,7 +3,10 @@
 They run in the ranks. The first error is said, once; training goes on.
 """
 
+import json
 import os
+import secrets
+from pathlib import Path
 
 from lightning.pytorch.loggers import MLFlowLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
@@ -26,7 +29,11 @@ class WeightsAndBiases(WandbLogger):
         if self._experiment is None and rank_zero_only.rank == 0:
             import wandb
 
-            os.makedirs(self._wandb_init["dir"], exist_ok=True)  # else wandb takes a folder under /tmp
+            kept = Path(self._wandb_init["dir"], "record", "wandb_id")  # a run that goes on is one run there too
+            kept.parent.mkdir(parents=True, exist_ok=True)  # without the folder, wandb takes one under /tmp
+            if not kept.is_file():
+                kept.write_text(secrets.token_hex(4))
+            self._wandb_init["id"] = kept.read_text()
             try:
                 settings = wandb.Settings(init_timeout=float(os.environ.get("WANDB_INIT_TIMEOUT", SECONDS)))
                 self._experiment = wandb.init(**self._wandb_init, settings=settings)
@@ -61,10 +68,18 @@ class MLflow(MLFlowLogger):
         # MLflow 3 refuses a plain folder otherwise: it would rather have a database, which mlflow-skinny can't.
         os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
         attempt(self, "--mlflow", super().__init__, *args, **kwargs)
+        self.kept = Path(kwargs["save_dir"]).parent / "record" / "mlflow_run.json"
+        if self.kept.is_file() and not self.failed:  # a run that goes on is one run there too
+            known = json.loads(self.kept.read_text())
+            self._run_id = known["run"] if known["server"] == self._tracking_uri else None
 
     @property
     def experiment(self):
-        return attempt(self, "--mlflow", lambda: super(MLflow, self).experiment)
+        found = attempt(self, "--mlflow", lambda: super(MLflow, self).experiment)
+        if found and self._run_id and rank_zero_only.rank == 0 and not self.kept.is_file():
+            self.kept.parent.mkdir(parents=True, exist_ok=True)
+            self.kept.write_text(json.dumps({"server": self._tracking_uri, "run": self._run_id}))
+        return found
 
     def log_metrics(self, metrics, step=None):
         attempt(self, "--mlflow", super().log_metrics, metrics, step)

@@ -218,8 +218,9 @@ def chart(title, curves, form="{:.4g}", zero=False, wide=False, log=False, noisy
     widest = max(names, key=len)
     count = 5 if wide else 3
     at = [mark for mark in ticks(first, last, count) if mark == int(mark)] if last > first else []
-    at = [first, *(m for m in at if 0.08 < (m - first) / (last - first) < 0.9), last] if last > first else [first]
-    axis = "".join(f'<span style="left:{x(step) / 10}%">{int(step):,}</span>' for step in at)
+    at = [first, *(m for m in at if 0.1 < (m - first) / (last - first) < 0.75), last] if last > first else [first]
+    words = [f"{int(step):,}" for step in at[:-1]] + [f"step {int(at[-1]):,}"]
+    axis = "".join(f'<span style="left:{x(step) / 10}%">{word}</span>' for step, word in zip(at, words))
     data = html.escape(json.dumps({"first": first, "last": last, "curves": hover}), quote=True)
     ys = "".join(f'<span style="top:{place}%">{text(name)}</span>' for place, name in zip(places, names))
     return (

@@ -35,23 +35,36 @@ class Reading(Named):
     __slots__ = ()
 
 
-READING = (("_codecs", "encode"), ("torch.storage", "_load_from_bytes"), ("torch._utils", "_rebuild_tensor_v2"))
+READING = (
+    ("_codecs", "encode"),
+    ("_io", "BytesIO"),
+    ("torch.storage", "_load_from_bytes"),
+    ("torch._utils", "_rebuild_tensor_v2"),
+)
+# All that torch writes of bytes in a BytesIO or in a tensor.
+BYTES = {
+    ("_codecs", "encode"),
+    ("_io", "BytesIO"),
+    ("collections", "OrderedDict"),
+    ("torch", "ByteStorage"),
+    ("torch._utils", "_rebuild_tensor_v2"),
+}
 
 
 class Made:
-    """An object that a pickle makes: of what, with which arguments and state."""
+    """An object that a pickle makes: of what, with which arguments, and what is set of it then, the last last."""
 
     __slots__ = ("of", "args", "state")
 
     def __init__(self, of, args):
-        self.of, self.args, self.state = of, args, None
+        self.of, self.args, self.state = of, args, []
 
-    def get(self, name):
-        """The value of an attribute in the object's state, or None."""
-        state = self.state
-        if isinstance(state, tuple) and len(state) == 2:
-            state = [*(state[0] or ()), *(state[1] or ())]
-        return next((value for key, value in state or () if key == name), None)
+    def fields(self, *names):
+        """Attributes of an object that is made without arguments, None where not set. Raises Unreadable."""
+        if self.args:
+            raise Unreadable(f"makes a {self.of} in another way than torch does")
+        state = dict(pair for pair in self.state if isinstance(pair[0], str))
+        return [state.get(name) for name in names]
 
 
 class Pairs(list):
@@ -88,7 +101,7 @@ class Scan:
         except Unreadable:
             if strict:
                 raise
-        except (IndexError, KeyError, ValueError, TypeError, struct.error, UnicodeError, MemoryError) as error:
+        except (LookupError, ValueError, TypeError, AttributeError, struct.error, MemoryError) as error:
             if strict:
                 raise Unreadable(f"is no whole pickle ({error!r})") from None
 
@@ -147,7 +160,13 @@ class Scan:
     def _pickle(self, data, at, depth):
         """Follow the pickle that begins at `at`: (its value, where it ends)."""
         stack, marks, memo = [], [], {}
+        frame = whole = len(data)
         while True:
+            if at >= frame:
+                # Python reads from a file by frames: an opcode across the end of one would be another for it.
+                if at > frame:
+                    raise Unreadable("has an opcode across the end of a frame")
+                frame = whole
             op = data[at]
             at += 1
             # About in the order of how often they are met in a checkpoint's metadata.
@@ -181,7 +200,7 @@ class Scan:
                 stack[-1] = Made(what, args) if type(what) is Named else self._call(what, args, depth)
             elif op == 0x62:  # BUILD
                 state = stack.pop()
-                self._build(stack[-1], state)
+                self._build(stack[-1], state, depth)
             elif op == 0x8C:  # SHORT_BINUNICODE
                 end = at + 1 + data[at]
                 stack.append(str(data[at + 1 : end], "utf-8", "surrogatepass"))
@@ -231,20 +250,25 @@ class Scan:
                 name, module = stack.pop(), stack.pop()
                 if not isinstance(name, str) or not isinstance(module, str):
                     raise Unreadable("takes a name to import from what is no text")
-                stack.append(self._name(module, name))
+                stack.append(self._name(depth, module, name))
             elif op == 0x63:  # GLOBAL
                 at, module = _line(data, at)
                 at, name = _line(data, at)
-                stack.append(self._name(module, name))
+                stack.append(self._name(depth, module, name))
             elif op == 0x51:  # BINPERSID, a tensor's storage in torch's pickles: kept, as what is asked for
                 stack[-1] = Made(None, stack[-1])
             elif op == 0x95:  # FRAME
-                at += 8
+                at, size = at + 8, int.from_bytes(data[at : at + 8], "little")
+                if frame != whole or at + size > whole:
+                    raise Unreadable("has a frame within a frame, or beyond its end")
+                frame = at + size
             elif op == 0x80:  # PROTO
                 if data[at] > 5:
                     raise Unreadable(f"is a pickle of protocol {data[at]}, which is not known here")
                 at += 1
             elif op == 0x2E:  # STOP
+                if at != frame != whole:
+                    raise Unreadable("ends within a frame")
                 return stack.pop(), at
             elif op == 0x47:  # BINFLOAT
                 stack.append(struct.unpack(">d", data[at : at + 8])[0])
@@ -280,8 +304,10 @@ class Scan:
                 known = pickletools.code2op.get(chr(op))
                 raise Unreadable(f"has the opcode {known.name if known else hex(op)}, which is not followed here")
 
-    def _name(self, *name):
+    def _name(self, depth, *name):
         self.names[name] = None
+        if self.everything and depth == 0 and name not in BYTES:
+            self.problem(f"names {'.'.join(name)} where only bytes are expected")
         return Reading(name) if name in READING else Named(name)
 
     def _call(self, what, args, depth):
@@ -289,7 +315,9 @@ class Scan:
         if not isinstance(what, Named):
             self.problem("calls what another call returns")
             return Made(None, args)
-        if what == ("_codecs", "encode") and isinstance(args, tuple) and args and isinstance(args[0], str):
+        if what == ("_codecs", "encode"):
+            if not isinstance(args, tuple) or len(args) != 2 or not isinstance(args[0], str) or args[1] != "latin1":
+                raise Unreadable("encodes text as torch does not")
             content = args[0].encode("latin1")  # how protocol 2 has bytes
             self.nested(content, depth)
             return content
@@ -297,29 +325,32 @@ class Scan:
             if not isinstance(args, tuple) or len(args) != 1 or not isinstance(args[0], bytes):
                 raise Unreadable("loads a tensor from what is no bytes")
             self.file(args[0], depth=depth + 1)
+        if what == ("_io", "BytesIO") and self.everything and depth == 0 and args:
+            raise Unreadable("has bytes that are put together when it is loaded")
         if what == ("torch._utils", "_rebuild_tensor_v2") and self.everything and depth == 0:
             storage, start, size, stride = args[:4]
             if start or stride != (1,) or size != (storage.args[4],):
                 raise Unreadable("has a tensor of some of the bytes, which could be another pickle than all of them")
         return Made(what, args)
 
-    def _build(self, made, state):
+    def _build(self, made, state, depth):
         if not isinstance(made, Made):
             self.problem(f"changes {made}" if isinstance(made, Named) else "sets the state of what has none")
             return
+        if self.everything and depth == 0 and made.of == ("_io", "BytesIO") and not isinstance(state[0], bytes):
+            raise Unreadable("has bytes that are put together when it is loaded")
         for part in state if isinstance(state, tuple) and len(state) == 2 else (state,):
             if isinstance(part, Pairs):
                 for key, _ in part:
                     if isinstance(key, str) and key[:2] == "__":
                         self.problem(f"sets {key} of {made.of}")
-        made.state = state
+                made.state += part
 
 
 def _extend(target, items):
-    """Append to a list or a dict; to an object (an OrderedDict), to its state."""
-    if isinstance(target, Made):
-        target = target.state = Pairs(target.state or ())
-    target.extend(items)
+    """Append to a list or a dict. What an object such as an OrderedDict holds is not looked at."""
+    if not isinstance(target, Made):
+        target.extend(items)
 
 
 def _counted(data, at, width):

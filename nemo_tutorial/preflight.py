@@ -272,6 +272,19 @@ def logger_problems(args):
     return problems
 
 
+def fault_problems(args):
+    """Flags of faults against where the run is."""
+    problems = []
+    if args.max_restarts and (args.executor != "local" or args.num_nodes > 1):
+        problems.append(
+            f"--max_restarts {args.max_restarts}: only with --executor local on one node; leave it out"
+            + ("; a Slurm job that is started again goes on by itself" if args.executor == "slurm" else "")
+        )
+    if args.max_loss_spike is not None and not 1 < args.max_loss_spike < math.inf:
+        problems.append(f"--max_loss_spike {args.max_loss_spike} is not a factor above 1")
+    return problems
+
+
 def checkpoint_problems(flag, path):
     """Whether `path` is a complete NeMo 2 checkpoint that can be trained on or exported."""
     problem = checkpoints.problem(path)

@@ -20,17 +20,17 @@ class Progress(Callback):
     """Append one JSON line a step and one a validation to `path`; print one line every `interval` steps.
 
     Fields of a step: step (finished optimizer steps), loss (nats a token), learning_rate, grad_norm, seconds (of the
-    step; of a mean one where several are written at once), tokens (real ones; those of rank 0's replica times the
-    replicas), tokens_per_second_per_gpu, tflops_per_gpu and mfu (see throughput.py),
-    memory_gb (10^9 bytes; rank 0's peak on a GPU, its resident size on a CPU). Of a validation: step, val_loss,
-    seconds, memory_gb (the largest of all ranks). A value that is not known is left out: TFLOP/s and MFU on a CPU.
+    step; the mean where several are written at once), tokens (real ones of all replicas, no padding),
+    tokens_per_second_per_gpu, tflops_per_gpu and mfu (see throughput.py), memory_gb (10^9 bytes; rank 0's peak on a
+    GPU, its resident size on a CPU). Of a validation: step, val_loss, seconds, memory_gb (the largest of all ranks).
+    A value that is not known is left out: TFLOP/s and MFU on a CPU.
     """
 
     def __init__(self, path, interval, cost, low_precision):
         self.path, self.interval, self.cost = path, interval, cost
         self.low_precision = low_precision  # bf16 or FP8: what the table of peaks is of
-        self.pending = []  # (step, values as tensors, lengths of the samples) not yet written
-        self.lengths = []
+        self.pending = []  # (step, values as tensors, tokens and FLOP of all replicas) not yet written
+        self.lengths, self.padded = [], False
         self.mark = self.validating_since = self.val_loss = None
         self.recent, self.pauses = deque(maxlen=20), deque(maxlen=3)
         self.peak = None
@@ -50,8 +50,22 @@ class Progress(Callback):
         pl_module.data_step = counted
 
     def _count(self, batch):
-        self.lengths += sample_lengths(batch[0] if isinstance(batch, tuple) else batch)
+        values = batch[0] if isinstance(batch, tuple) else batch
+        self.lengths += sample_lengths(values)
+        self.padded = "token_count" in values
         return batch
+
+    def _counted(self, pl_module):
+        """Tokens and FLOP of the step over all replicas, as two numbers or as a tensor that may still be computed."""
+        from megatron.core import parallel_state
+
+        found = [sum(self.lengths), throughput.flops(self.cost, self.lengths)]
+        self.lengths = []
+        if not self.padded:  # each replica has as many
+            return [value * parallel_state.get_data_parallel_world_size() for value in found]
+        found = torch.tensor(found, dtype=torch.float64).to(pl_module.device, non_blocking=True)
+        torch.distributed.all_reduce(found, group=parallel_state.get_data_parallel_group())
+        return found
 
     def on_train_start(self, trainer, pl_module):
         # NeMo says it of rank 0 alone; the split of the model shows on the others.
@@ -77,12 +91,11 @@ class Progress(Callback):
         step = trainer.global_step
         if step >= trainer.max_steps:
             trainer.should_stop = True  # Lightning validates where a run is told to stop: it ends with a validation
+        counted = self._counted(pl_module)
         if not trainer.is_global_zero:
-            self.lengths = []
             return
         logged = trainer.callback_metrics
-        self.pending.append((step, {new: logged[name] for name, new in NAMES.items() if name in logged}, self.lengths))
-        self.lengths = []
+        self.pending.append((step, {new: logged[name] for name, new in NAMES.items() if name in logged}, counted))
         due = step % self.interval == 0 or trainer.should_stop
         if due or time.monotonic() - self.mark > SECONDS:
             self._flush(trainer, due)
@@ -97,19 +110,16 @@ class Progress(Callback):
         now = time.monotonic()
         seconds = (now - self.mark) / len(self.pending)
         self.mark = now
-        replicas, gpus = replicas_and_gpus(trainer)
         lines = []
-        for (step, _, lengths), logged in zip(self.pending, values):
-            line = {"step": step, **logged, "seconds": round(seconds, 4)}
-            if lengths:
-                tokens = sum(lengths)
-                line["tokens"] = tokens * replicas
-                line["tokens_per_second_per_gpu"] = round(tokens / gpus / seconds, 1)
-                if torch.cuda.is_available():
-                    tflops = throughput.flops(self.cost, lengths) / gpus / seconds / 1e12
-                    line["tflops_per_gpu"] = float(f"{tflops:.4g}")
-                    if self.peak:
-                        line["mfu"] = round(tflops / self.peak, 4)
+        for (step, _, counted), logged in zip(self.pending, values):
+            tokens, flops = counted if isinstance(counted, list) else counted.tolist()
+            line = {"step": step, **logged, "seconds": round(seconds, 4), "tokens": round(tokens)}
+            line["tokens_per_second_per_gpu"] = round(tokens / trainer.world_size / seconds, 1)
+            if torch.cuda.is_available():
+                tflops = flops / trainer.world_size / seconds / 1e12
+                line["tflops_per_gpu"] = float(f"{tflops:.4g}")
+                if self.peak:
+                    line["mfu"] = round(tflops / self.peak, 4)
             line["memory_gb"] = round(memory() / 1e9, 3)
             lines.append(line)
         self.recent.append((len(lines), seconds * len(lines)))
@@ -152,11 +162,16 @@ class Progress(Callback):
             metrics.append(self.path, [line])
             print(validation_line(line), flush=True)
 
+    def on_exception(self, trainer, pl_module, exception):
+        # Where a run is stopped on purpose. After a fault, asking the GPU for values might wait for ever.
+        if isinstance(exception, SystemExit) and trainer.is_global_zero and self.mark is not None:
+            self._flush(trainer, say=True)
+
     def teardown(self, trainer, pl_module, stage):
         # Here, not by the launcher alone: on Slurm that is gone when the run ends.
         if stage == "fit" and trainer.is_global_zero:
             self._flush(trainer, say=False)
-            report.write(Path(self.path).parents[1])
+            report.write_if_possible(Path(self.path).parents[1])
 
 
 EXTRA = ("tokens_per_second_per_gpu", "tflops_per_gpu", "mfu", "memory_gb")
@@ -175,14 +190,6 @@ def sample_lengths(batch):
         ends = [end for end in ends if 0 <= end <= count]  # after the last sample: padding, and -1
         found += [end - start for start, end in itertools.pairwise(ends)]
     return found
-
-
-def replicas_and_gpus(trainer):
-    """(replicas of the model, GPUs that share one)."""
-    from megatron.core import parallel_state
-
-    replicas = parallel_state.get_data_parallel_world_size()
-    return replicas, trainer.world_size / replicas
 
 
 def memory():

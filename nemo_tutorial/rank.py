@@ -11,7 +11,7 @@ from pathlib import Path
 # The code that travels with the job, whatever lies in the folder that the job runs in.
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from nemo_tutorial import network  # noqa: E402
+from nemo_tutorial import faults, network  # noqa: E402
 
 
 def as_torchrun():
@@ -47,6 +47,9 @@ def main(recipe, check_network):
             network.meet({}, nodes)
         except ValueError as error:
             sys.exit(f"error: the nodes do not find one another\n{error}")
+
+    if os.environ["RANK"] == "0":
+        faults.remove_unfinished(Path(recipe).parents[1])  # of a start whose node was lost
 
     import fiddle as fdl
     from nemo_run.config import Partial

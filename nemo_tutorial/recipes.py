@@ -160,7 +160,15 @@ def set_training(recipe, args):
         own.append(run.Config(hooks.InputGradients))
     if args.check_network:
         own.append(run.Config(network_check.NetworkCheck))
-    own.append(run.Config(callbacks.Preemption, str(record / "preempted.json")))
+    if args.keep_optimizer == "last":  # before the heartbeat, which waits longer for saves
+        own.append(run.Config(callbacks.KeepLastOptimizer, str(record.parent)))
+    own += [
+        run.Config(callbacks.OwnSchedule),
+        run.Config(callbacks.RandomState, args.seed),
+        run.Config(callbacks.Heartbeat, str(record), args.hang_timeout),
+        run.Config(callbacks.LossGuard, str(record), args.max_loss_spike),
+        run.Config(callbacks.Preemption, str(record / "preempted.json")),
+    ]
     trainer.callbacks = [*(trainer.callbacks or []), *own]
 
 

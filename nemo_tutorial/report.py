@@ -219,6 +219,16 @@ def write(run, result=None):
     return found
 
 
+def write_if_possible(run, result=None):
+    """`write` for the end of a run, whose outcome must not depend on it: the page's path, or None with a warning."""
+    try:
+        write(run, result)
+        return Path(run) / "report.html"
+    except Exception as error:  # a full disk, or a record that we did not foresee
+        terminal.warn(f"{run}: no report could be written ({error!r}); later: python -m nemo_tutorial.report {run}")
+        return None
+
+
 def _finite(value):
     if isinstance(value, dict):
         return {name: _finite(one) for name, one in value.items()}

@@ -23,6 +23,14 @@ class NewestComplete(nl.AutoResume):
         # Its real name: NeMo's link to the last one moves on while this one is still needed.
         self.resume_from_path = str(Path(found).resolve()) if found else None
         if not found:
+            damaged = [path.name for path in Path(self.run, "checkpoints").glob("*") if checkpoints.is_nemo(path)]
+            damaged = [
+                name for name in damaged if not Path(self.run, "checkpoints", name + checkpoints.UNFINISHED).exists()
+            ]
+            if damaged:  # else hours of training would begin again without a word
+                raise RuntimeError(f"{self.run}/checkpoints holds no complete checkpoint: {', '.join(sorted(damaged))}")
             return None
+        if (Path(found) / checkpoints.NO_OPTIMIZER).exists():
+            raise RuntimeError(f"the optimizer state of {found} was dropped: the run can't go on from it")
         self.restore_config = None  # of a start from other weights
         return super().get_trainer_ckpt_path(model)

@@ -12,6 +12,7 @@ from pathlib import Path
 from nemo_tutorial import (
     checkpoints,
     config,
+    faults,
     hub,
     megatron_data,
     metrics,
@@ -138,7 +139,8 @@ def _public(path):
 def hardware_problems(args):
     """Fill in the accelerator, GPUs and sequence parallelism; check them and how the job is started."""
     problems = preflight.fill_hardware(args)
-    problems += preflight.layout_problems(args) + preflight.execution_problems(args) + questions.problems(args)
+    problems += preflight.layout_problems(args) + preflight.execution_problems(args) + preflight.fault_problems(args)
+    problems += questions.problems(args)
     if args.sequence_parallel is None:
         args.sequence_parallel = args.tensor_model_parallel_size > 1
     return problems
@@ -155,6 +157,23 @@ def weights(args, fallback):
         problems.append(
             f"--experiment {args.experiment}: {run}/checkpoints holds no complete checkpoint to go on "
             "from; remove that folder, or choose another name"
+        )
+    if args.executor == "local" and faults.busy(run):
+        problems.append(
+            f"--experiment {args.experiment}: another process trains in {run} (of a script that was killed, perhaps: "
+            "pgrep -f fdl_runner); end it, or choose another name"
+        )
+    if source.resume_from and (source.resume_from / checkpoints.NO_OPTIMIZER).exists():
+        problems.append(
+            f"--experiment {args.experiment}: the optimizer state of {source.resume_from} was dropped "
+            f"(--keep_optimizer last), so the run can't go on from it; start another from its weights: "
+            f"--experiment NEW --nemo_model {source.resume_from}"
+        )
+    if args.fresh and (source.resume_from or record(run)):
+        done = checkpoints.step(source.resume_from) if source.resume_from else 0
+        problems.append(
+            f"--fresh: {run} holds a run of {done} steps; remove it (rm -r {run}), choose another --experiment, "
+            "or leave the flag out to go on"
         )
     newest = args.nemo_model == "" or (args.nemo_model is None and fallback == "newest")
     if newest and not source.resume_from:
@@ -273,24 +292,67 @@ def schedule_problems(args):
         args.lr_wsd_decay_steps = args.lr_wsd_decay_steps or schedule.wsd_decay_steps(args.max_steps)
     if args.log_interval is None:
         args.log_interval = max(1, min(10, args.max_steps // 100))
-    problems = preflight.schedule_problems(args)
-    done = checkpoints.latest(folder(args))
-    if done and checkpoints.step(done) >= args.max_steps:
-        problems.append(
-            f"--max_steps {args.max_steps}: {done} has {checkpoints.step(done)} steps already; "
-            "raise --max_steps to train on, or choose another --experiment"
+    return preflight.schedule_problems(args)
+
+
+def stop_if_finished(args):
+    """Exit 0 if the run in this folder has all its steps; needs args.max_steps."""
+    last = checkpoints.latest(folder(args))
+    if last is None or checkpoints.step(last) < args.max_steps:
+        return
+    done = checkpoints.step(last)
+    terminal.describe(
+        f"{folder(args)} is finished",
+        [
+            ("steps", f"{done} of {args.max_steps}; nothing to train"),
+            ("last checkpoint", last),
+            ("to train further", f"the same command with --max_steps above {done}"),
+        ],
+    )
+    raise SystemExit(0)
+
+
+def change_problems(args, source, files):
+    """What a run that goes on has changed since its last start: data (`files`), tokenizer, model, schedule."""
+    args.data_files = faults.identity(files)
+    starts = record(folder(args)).get("starts")
+    if not source.resume_from or not starts:
+        return []
+    found = faults.changes(args, starts[-1], args.data_files)
+    before = starts[-1]["flags"].get("max_steps")
+    if before and args.max_steps > before and not found:
+        done = checkpoints.step(source.resume_from)
+        print(
+            f"--max_steps {before} -> {args.max_steps}: from step {done} on, the schedule is that of {args.max_steps}"
         )
-    return problems
+    if not found:
+        return []
+    lines = [f"{what}: {_short(old)} -> {_short(new)}" for what, old, new in found]
+    if args.allow_change:
+        terminal.warn("going on with changes: " + "; ".join(lines))
+        return []
+    return [
+        f"--experiment {args.experiment} goes on from {source.resume_from}, but since its last start has changed:\n"
+        + "\n".join(lines)
+        + "\nput it back, choose another --experiment, or go on all the same with --allow_change"
+    ]
+
+
+def _short(value, length=200):
+    text = " ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return text if len(text) <= length else text[:length] + "..."
 
 
 def describe(args, model, source, tokens_a_step=None):
     """Print what was derived for a training run; `tokens_a_step` is words where samples are not all --seq_length."""
     dp = preflight.data_parallel_size(args)
+    consumed = checkpoints.consumed(source.resume_from) if source.resume_from else None
     terminal.describe(
         "model",
         [
             ("weights", source),
             ("tokenizer", source.tokenizer_folder()),
+            ("consumed", f"{consumed:,} samples" if consumed else None),
             (
                 "shape",
                 f"{model.family.architecture}, {terminal.number(model.parameters)} parameters, "
@@ -401,12 +463,19 @@ def start(args, stage, source, build_recipe, prepare=None):
     (run / "record" / "early_stop.json").unlink(missing_ok=True)
     hidden = ("recipe", "written")  # these are in config.yaml
     kept = {name: value for name, value in vars(args).items() if not name.endswith("_token") and name not in hidden}
+    data = kept.pop("data_files", None)
     history = {
         "stage": stage,
         "restored_from": history.get("restored_from", str(source.restore_from) if source.restore_from else None),
         "starts": [
             *history.get("starts", []),
-            {"flags": kept, "versions": compat.versions(), "command": report.command(), "began": time.time()},
+            {
+                "flags": kept,
+                "versions": compat.versions(),
+                "data": data,
+                "command": report.command(),
+                "began": time.time(),
+            },
         ],
     }
     if first:
@@ -414,17 +483,13 @@ def start(args, stage, source, build_recipe, prepare=None):
         partial = run / "record" / ".run.json.partial"
         partial.write_text(json.dumps(history, indent=1, ensure_ascii=False), encoding="utf-8")
         os.replace(partial, run / "record" / "run.json")
-        (run / "record" / executors.PREEMPTED).unlink(missing_ok=True)
-    code, lines = executors.launch(recipe, args, stage)
+    code, lines = _until_done(recipe, args, stage, source)
     last = checkpoints.latest(run)
-    if code == 0 and (args.executor == "local" or args.wait):
-        code, lines = _check_end(args, source, last)
     words = {0: "done", 2: "nothing was started", 130: "interrupted", 143: "stopped by a signal"}
     rows = [("result", words.get(code, "failed"))]
     rows += [("", line) for line in lines]
     if args.executor == "local":
-        report.write(run, rows[0][1])
-        rows.append(("report", run / "report.html"))
+        rows.append(("report", report.write_if_possible(run, rows[0][1])))
     rows += [("last checkpoint", last or "none complete"), ("seconds", f"{time.monotonic() - began:.0f}")]
     terminal.describe(f"{stage} in {run}", rows)
     # Not sys.exit: threads of NeMo-Run and of the loggers may still wait for a job that is gone.
@@ -438,6 +503,50 @@ def _meet(args, seconds):
     except ValueError as error:
         terminal.fail(str(error).splitlines())
     terminal.describe("network", [("nodes", ", ".join(f"{node} {host}" for node, host in enumerate(hosts)))])
+
+
+def _until_done(recipe, args, stage, source):
+    """Launch, and again after a failure as often as --max_restarts says: (exit code, lines to show)."""
+    from nemo_tutorial import executors
+
+    run, failures = folder(args), []
+    while True:
+        faults.clear(run)
+        code, lines = executors.launch(recipe, args, stage)
+        last = checkpoints.latest(run)
+        if code == 0 and (args.executor == "local" or args.wait):
+            code, lines = _check_end(args, source, last)
+            if code == 0 and args.keep_optimizer == "last":
+                _drop_optimizers(run)
+        if code == 0 or args.executor == "slurm":
+            return code, lines
+        lines += [f"removed, as it was not complete: {name}" for name in faults.remove_unfinished(run)]
+        if code != 1:
+            return code, lines
+        failure, step = faults.read(run, faults.FAILURE), checkpoints.step(last) if last else 0
+        if failure:
+            at = f"step {failure['step']}, rank {failure['rank']}"
+            if failure["samples"]:
+                at += ", samples {} to {}".format(*failure["samples"])
+            lines.insert(0, f"{failure['kind']} at {at}: {failure['message']}")
+        again, why = faults.restart(step, failures, args.max_restarts)
+        if failure and failure["kind"] in faults.FINAL and again:
+            again, why = False, "not started again: it would be the same"
+        if not again:
+            return code, [*lines, why] if why else lines
+        failures.append(step)
+        terminal.describe(f"{stage} failed", [("", line) for line in [*lines, why]])
+
+
+def _drop_optimizers(run):
+    """Take the optimizer state out of all but the last checkpoint."""
+    from nemo_tutorial import retention
+
+    for checkpoint in retention.older(run):
+        try:
+            retention.drop_optimizer(checkpoint)
+        except (OSError, ValueError) as error:
+            terminal.warn(f"{checkpoint} keeps its optimizer state: {error}")
 
 
 def _check_content(checkpoint):
@@ -474,4 +583,7 @@ def _check_end(args, source, last):
         return 0, [f"stopped early at step {stopped['step']}: --early_stopping_patience, {words}"]
     if reached < target:
         return 1, [f"the job ended without an error, but the last complete checkpoint has {reached} of {target} steps"]
-    return 0, []
+    from nemo_tutorial import weights
+
+    problem = weights.problem(last)
+    return (1, [f"the last checkpoint can't be read again: {problem}"]) if problem else (0, [])

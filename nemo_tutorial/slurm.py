@@ -13,7 +13,7 @@ import sys
 import time
 from pathlib import Path
 
-from nemo_tutorial import terminal
+from nemo_tutorial import faults, terminal
 
 ROOT = Path(__file__).resolve().parents[1]
 CONTAINERS = ("pyxis", "apptainer", "none")
@@ -124,9 +124,9 @@ def problems(args):
         if not value and name != "setup":
             found.append(f"--{name} is empty; leave it out")
     for name, value in (("--experiment", args.experiment), ("the current folder", str(Path.cwd()))):
-        if re.search(r"[\x00-\x1f\x7f\\]", value):
+        if re.search(r"[\x00-\x1f\x7f\\%]", value):
             found.append(
-                f"{name} {value!r}: the job's log would lie in it, and Slurm can't carry \\ or a new line there"
+                f"{name} {value!r}: the job's log would lie in it, and Slurm can't carry \\, % or a new line there"
             )
     for value in args.env:
         if not re.fullmatch(r"[A-Za-z_]\w*", value, re.ASCII):
@@ -183,15 +183,18 @@ def folder(args):
 
 
 def _directive(name, value=None):
-    """A line of sbatch's: it takes off quotes and backslashes as a shell does, but expands nothing."""
+    """A line of sbatch's, which reads double quotes and backslashes in them as C does, and expands nothing."""
     if value is None:
         return f"#SBATCH --{name}"
-    return f"#SBATCH --{name}=" + re.sub(r"([^\w@%+=:,./-])", r"\\\1", str(value))
+    value = str(value)
+    if not re.fullmatch(r"[\w@%+=:,./-]*", value):
+        value = '"' + re.sub(r'(["\\])', r"\\\1", value) + '"'
+    return f"#SBATCH --{name}={value}"
 
 
 def directives(args, stage):
     """The script's #SBATCH lines."""
-    log = str(folder(args)).replace("%", "%%") + "/%j.log"
+    log = str(folder(args)) + "/%j.log"
     lines = [
         _directive("job-name", args.experiment),
         _directive("output", log),
@@ -270,7 +273,7 @@ say() {{
 if [ "${{1:-}}" = chained ]; then
     case "$(tail -n 1 "$run/slurm/history.txt")" in
     *" done") exit 0 ;;
-    *" failed with exit code "*)
+    *" failed"*)
         echo "the job before failed: nothing is done here"
         exit 1
         ;;
@@ -287,7 +290,7 @@ export SRUN_CPUS_PER_TASK=$((cpus > 0 ? cpus : 1))
 {threads}
 marker=$run/record/preempted.json
 before=$(cat "$marker" 2>/dev/null)
-rm -f "$marker"
+rm -f "$marker" "$run/record/failure.json"
 
 # Ahead of the time limit, or by `scancel --signal=USR1 --batch`: the ranks save and stop. Slurm asks this shell only,
 # and srun passes it on to every rank.
@@ -324,7 +327,7 @@ if [ -s "$marker" ]; then
     say "stopped with a checkpoint: $(cat "$marker")"
     if [ "$asked" = limit ] && [ "$requeue" = yes ]; then
         if [ "$(cat "$marker")" = "$before" ]; then
-            say "failed with exit code 1: no step between two time limits"
+            say "failed: no step between two time limits"
             exit 1
         fi
         say requeued
@@ -334,12 +337,13 @@ if [ -s "$marker" ]; then
 fi
 if [ "$code" -eq 0 ]; then
     say "done"
+    exit 0
 elif [ "$asked" = cancelled ]; then
     say "cancelled; the last complete checkpoint is whole"
 else
-    say "failed with exit code $code"
+    say "failed: srun's exit code is $code" # that of the first rank, or of one that was ended because of it
 fi
-exit "$code"
+exit 1
 """
 
 
@@ -487,14 +491,28 @@ def last_word(run, number):
 def exit_code(run, number):
     """The exit code of a job that is over. Slurm forgets jobs after minutes, so the script's own word counts first."""
     word = last_word(run, number) or ""
-    match = re.search(r"failed with exit code (\d+)", word)
-    if match:
-        return int(match.group(1))
     if word == "done":
         return 0
     if word.startswith(("stopped with a checkpoint", "requeued", "not requeued")):
         return 143
     return 1
+
+
+def cancel(numbers, now=False):
+    """Stop jobs: a running one after a checkpoint of its running step, unless `now`; lines to show."""
+    state, lines = states(numbers), []
+    # The last of a chain first: else it would start.
+    for number in sorted(numbers, key=int, reverse=True):
+        if now or state[number].get("JobState") != "RUNNING":
+            done = subprocess.run(["scancel", number], capture_output=True, text=True)
+            lines.append(f"job {number} is cancelled" if done.returncode == 0 else done.stderr.strip())
+            continue
+        # So that it is not requeued, even close to its time limit.
+        subprocess.run(["scontrol", "update", f"JobId={number}", "Requeue=0"], capture_output=True)
+        done = subprocess.run(["scancel", "--signal=USR1", "--batch", number], capture_output=True, text=True)
+        told = f"job {number} was told to save and stop"
+        lines.append(told if done.returncode == 0 else done.stderr.strip())
+    return lines
 
 
 def launch(recipe, args, stage, environment):
@@ -536,10 +554,26 @@ def wait(run, numbers):
     log = Path(run) / "slurm" / f"{number}.log"
     state = states([number]).get(number, {})
     what = word if word and not word.startswith("started") else "ended without a word (cancelled, or its node is lost)"
-    lines = [f"job {number}: {what}" + (f"; Slurm says {state['JobState']}" if state.get("JobState") else "")]
+    cause = faults.read(run, faults.FAILURE)
+    lines = [f"{cause['kind']} at step {cause['step']}, rank {cause['rank']}: {cause['message']}"] if cause else []
+    lines += [f"job {number}: {what}" + (f"; Slurm says {state['JobState']}" if state.get("JobState") else "")]
     if code != 143 and log.is_file():
-        lines += ["its last lines:", *("  " + line for line in tail(log, 15)), f"whole log: {log}"]
+        lines += failure(log)
     return code, lines
+
+
+def failure(log, count=15):
+    """The last lines of the rank that ended first, as srun tells, and where the whole log lies."""
+    found = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    first = next(
+        (m for m in (re.match(r"srun: error: (\S+): tasks? (\d+)\S*: (.*)", line) for line in found) if m), None
+    )
+    if first is None:
+        return ["its last lines:", *("  " + line for line in found[-count:]), f"whole log: {log}"]
+    node, rank, how = first.groups()
+    own = [line for line in found if re.match(rf" *{rank}: ", line)]
+    lines = [f"rank {rank} on {node}: {how}; its last lines:", *("  " + line for line in own[-count:])]
+    return [*lines, f"whole log: {log}"]
 
 
 def tail(path, count):

@@ -58,6 +58,11 @@ nemo.lightning.resume AutoResume
 nemo.lightning.one_logger_callback OneLoggerNeMoCallback
 nemo.utils.exp_manager TimingCallback DeltaTimingCallback
 nemo_tutorial.callbacks ^
+nemo_tutorial.hooks ^
+nemo_tutorial.loggers MLflow WeightsAndBiases
+nemo_tutorial.network_check NetworkCheck
+nemo_tutorial.progress Progress
+nemo_tutorial.samples Samples
 nemo_tutorial.tuning_data ^
 lightning.pytorch.callbacks.* ^
 lightning.pytorch.callbacks.progress.* ^
@@ -83,6 +88,15 @@ pathlib Path PosixPath PurePosixPath
 pathlib._local Path PosixPath PurePosixPath
 signal Signals Handlers
 nemo_tutorial.callbacks ^
+nemo_tutorial.hooks ^
+nemo_tutorial.loggers MLflow WeightsAndBiases
+nemo_tutorial.network_check NetworkCheck
+nemo_tutorial.progress Progress
+nemo_tutorial.samples Samples
+nemo_tutorial.tuning_data ^
+lightning.pytorch.callbacks.* ^
+lightning.pytorch.callbacks.progress.* ^
+lightning.pytorch.loggers.* CSVLogger MLFlowLogger TensorBoardLogger WandbLogger
 nemo.lightning.pytorch.callbacks.* ^
 nemo.lightning.pytorch.optim.* ^
 nemo.lightning.pytorch.plugins.* ^
@@ -109,6 +123,7 @@ transformer_engine.common.recipe ^
 """
 # Read as pickles whatever they begin with. Other files are so only if they begin as one, or io.json names them.
 SUFFIXES = (".metadata", ".pt", ".pth", ".pkl", ".pickle", ".bin", ".ckpt")
+METADATA = "BuildableTraverserMetadata"  # Fiddle's, of an object in io.json
 LARGEST = 4 << 30  # bytes of a pickle that is read; weights are not in pickles but in *.distcp
 
 # NVIDIA's advisories on what these scripts run: package, fixed in which version, what it takes, CVE numbers.
@@ -209,18 +224,32 @@ def _files(root, found):
 def _context(file, root, name, found):
     """io.json: its names, its tokenizer's code, and the pickles that it refers to."""
     content = json.loads(file.read_bytes())
-    for value in _within(content):
+    everything = list(_within(content))
+    for value in everything:
         if "module" in value or value.get("type") == "pyref":
             pair = str(value.get("module")), str(value.get("name"))
             if pair not in CONFIGS:
                 found[f"{name} names {_shown(pair)}"] = None
+    for value in everything:
         if "items" not in value:
             continue
+        values, kind = [_plain(item[1], content) for item in value["items"]], value["type"]["module"]
+        if kind == "builtins" or value["type"]["name"] == METADATA:
+            continue
+        if len(values) == 1 and not kind.startswith(("fiddle.", "nemo_run.")):
+            # NeMo unpickles what is named by the only value of an object of any other class.
+            pickled = (file.parent / values[0]).resolve() if isinstance(values[0], str) else None
+            if pickled is None or root not in pickled.parents or not pickled.is_file():
+                found[f"{name} has a pickle read that is not in the checkpoint: {values[0]}"] = None
+            else:
+                _scan(pickled.read_bytes(), pickled.relative_to(root).as_posix(), found)
+            continue
         # The labels of items are for people; Fiddle takes the arguments' names from the object's metadata.
-        values = [_plain(item[1], content) for item in value["items"]]
-        metadata = _plain(value.get("metadata"), content)
-        names = _plain(metadata["items"][1][1], content) if isinstance(metadata, dict) and metadata.get("items") else []
-        arguments = dict(zip(names if isinstance(names, list) else [], values))
+        metadata = _plain(value["metadata"], content)
+        names = _plain(metadata["items"][1][1], content)
+        if metadata["type"]["name"] != METADATA or not isinstance(names, list) or len(names) != len(values):
+            raise ValueError("an object without the names of its arguments")
+        arguments = dict(zip(names, values))
         if arguments.get("trust_remote_code"):
             folder = arguments.get("pretrained_model_name")
             if not isinstance(folder, str) or not _harmless(file.parent / folder, root):
@@ -228,14 +257,6 @@ def _context(file, root, name, found):
         reader = arguments.get("auto_cls")
         if reader and not str(isinstance(reader, dict) and reader.get("module")).startswith("transformers.generation."):
             found[f"{name} reads files as {reader}"] = None
-        kind = value["type"]["module"]
-        if len(values) == 1 and not kind.startswith(("builtins", "fiddle.", "nemo_run.")):
-            # NeMo unpickles what is named by the only value of an object of any other class.
-            pickled = (file.parent / values[0]).resolve() if isinstance(values[0], str) else None
-            if pickled is None or root not in pickled.parents or not pickled.is_file():
-                found[f"{name} has a pickle read that is not in the checkpoint: {values[0]}"] = None
-            else:
-                _scan(pickled.read_bytes(), pickled.relative_to(root).as_posix(), found)
 
 
 def _within(value):
@@ -288,15 +309,22 @@ def _pickle(file, root, name, found):
         if os.fstat(opened.fileno()).st_size > LARGEST:
             raise pickles.Unreadable(f"is a pickle of more than {terminal.gigabytes(LARGEST)}")
         value = _scan(head + opened.read(), name, found)
-    if not file.name.endswith(".metadata") or not isinstance(value, pickles.Made):
-        return
-    tensors = {key for key, entry in value.get("state_dict_metadata") or () if str(entry.of[1]).startswith("Tensor")}
-    for index, info in value.get("storage_data") or ():
-        key = index.get("fqn")
-        if index.get("offset") is not None and key in tensors:
-            continue
-        place = [info.get(field) for field in ("relative_path", "offset", "length")]
-        _object(file.parent, root, f"{name}'s {key}", key, *place, info.get("transform_descriptors"), found)
+    if file.name.endswith(".metadata") and isinstance(value, pickles.Made):
+        _objects(file, root, name, value, found)
+
+
+def _objects(file, root, name, metadata, found):
+    """What .metadata says is in other files and no tensor."""
+    entries, stored = metadata.fields("state_dict_metadata", "storage_data")
+    if not isinstance(entries, pickles.Pairs) or not isinstance(stored, pickles.Pairs):
+        raise pickles.Unreadable("is not as torch writes it")
+    kinds = {key: entry.of for key, entry in entries}
+    tensor = ("torch.distributed.checkpoint.metadata", "TensorStorageMetadata")
+    for index, info in stored:
+        key, offset = index.fields("fqn", "offset")
+        if offset is None or kinds.get(key) != tensor:
+            place = info.fields("relative_path", "offset", "length", "transform_descriptors")
+            _object(file.parent, root, f"{name}'s {key}", key, *place, found)
 
 
 def _object(folder, root, name, key, relative, offset, length, transforms, found):

@@ -25,6 +25,7 @@ def parse_args(argv=None):
     arguments.add_training(parser, global_batch_size=2048)
     options.add_schedule(parser)
     options.add_memory(parser)
+    arguments.add_faults(parser)
     arguments.add_parallelism(parser)
     parser.add_argument(
         "-D",
@@ -102,6 +103,8 @@ def main(argv=None):
     if args.max_steps:
         problems += runs.schedule_problems(args)
     preflight.report(problems)
+    runs.stop_if_finished(args)
+    preflight.report(runs.change_problems(args, source, blend.files()))
     preflight.report(blends.plan(blend, args) + plan.disk_problems(args, model))
 
     runs.describe(args, model, source)

@@ -16,10 +16,12 @@ HEAVY = ("torch", "nemo", "nemo_run", "numpy", "transformers", "megatron", "ligh
 TRAINING = """
     --executor -E --experiment -N --num_nodes -G --num_gpus --accelerator -a --account -p --partition
     -i --container_image --time --dry_run
+    --check_network --no_check_network --qos --gres --mem --exclusive --no_exclusive --constraint --nodelist --container
+    --mount --setup --env --srun_arg --sbatch_arg --wait --chain --save_before
     -M --model_size --hf_model_id --hf_token -n --nemo_model -s --seq_length --trust_checkpoint
     --max_steps --exit_interval -g --global_batch_size -m --micro_batch_size --lr --min_lr --warmup_steps
     --val_check_interval --limit_val_batches --save_top_k --seed --num_workers --precision --fp8 --fp8_recipe
-    --performance
+    --performance --keep_optimizer --fresh --allow_change --hang_timeout --max_restarts --max_loss_spike
     -T --tensor_model_parallel_size -P --pipeline_model_parallel_size -C --context_parallel_size
     --expert_model_parallel_size --sequence_parallel --no_sequence_parallel -D --dataset_path
     --config --lr_decay --lr_wsd_decay_steps --save_interval --early_stopping_patience

@@ -112,8 +112,10 @@ def test_the_bar(tmp_path, monkeypatch, capsys):
     with open(metrics.path(run), "a") as file:
         file.write('{"step": 6, "lo')
     bar.look()
+    bar.first = (bar.newest[0] - 20, 1)  # as if the first line had come 20 s earlier
+    bar.look()
     drawn = capsys.readouterr().out.split("\x1b[K")[-1]
-    assert "   2%  5/200  loss 2.2500  val 2.5000  left 0:06:30" in drawn and len(drawn) <= 70
+    assert "   2%  5/200  loss 2.2500  val 2.5000  left 0:16:15" in drawn and len(drawn) <= 70
     assert drawn.endswith("\r") and "\n" not in drawn
     bar.look(last=True)
     assert capsys.readouterr().out.endswith("\n")
@@ -199,14 +201,16 @@ def test_mlflow_in_a_folder(mlflow, tmp_path):
     code = f"logger = loggers.MLflow(experiment_name='e', run_name='r', save_dir={str(tmp_path / 'runs')!r})"
     said = log(code, PYTHONPATH=str(mlflow), MLFLOW_TRACKING_URI="")
     assert "goes on" in said and "warning" not in said
+    log(code, PYTHONPATH=str(mlflow), MLFLOW_TRACKING_URI="")  # the run goes on
     values = [file.read_text().split() for file in (tmp_path / "runs").rglob("metrics/loss")]
-    assert len(values) == 1 and values[0][1::3] == ["2.0", "1.0", "0.0"]
+    assert len(values) == 1 and values[0][1::3] == ["2.0", "1.0", "0.0"] * 2
 
 
 @pytest.mark.nemo
-def test_mlflow_without_its_server(mlflow):
+def test_mlflow_without_its_server(mlflow, tmp_path):
     """A port where nobody listens: one warning, and on."""
-    code = "logger = loggers.MLflow(experiment_name='e', run_name='r', tracking_uri='http://127.0.0.1:9')"
+    code = "logger = loggers.MLflow(experiment_name='e', run_name='r', tracking_uri='http://127.0.0.1:9', "
+    code += f"save_dir={str(tmp_path / 'runs')!r})"
     said = log(code, PYTHONPATH=str(mlflow))
     assert said.count("warning: --mlflow:") == 1 and "training goes on" in said and said.endswith("goes on\n")
 

@@ -67,6 +67,7 @@ def test_the_readmes_start_every_stage():
     "readme, words", SCRIPTS, ids=[f"{readme.relative_to(ROOT)}-{words[0]}" for readme, words in SCRIPTS]
 )
 def test_command_is_accepted(readme, words, monkeypatch):
+    monkeypatch.chdir(ROOT)  # commands name files of the repository
     script = ROOT / words[0]
     assert script.is_file()
     spec = importlib.util.spec_from_file_location("readme_" + script.stem, script)

@@ -1,17 +1,22 @@
 """Checkpoints that would run something: each kind refused by name before anything of it is loaded, and nothing run."""
 
+import contextlib
 import copyreg
+import io
 import json
 import os
 import pickle
+import re
 import shutil
 import zipfile
+from collections import OrderedDict, deque
 from pathlib import Path
+from random import Random
 
 import pytest
 from conftest import script as run_script
 
-from nemo_tutorial import trust
+from nemo_tutorial import pickles, trust
 
 METADATA, COMMON, IO = "weights/.metadata", "weights/common.pt", "context/io.json"
 
@@ -33,8 +38,6 @@ def zipped(**files):
 
 
 def zip_of(files):
-    import io
-
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w") as archive:
         for name, content in files.items():
@@ -89,7 +92,9 @@ def pickled(canary):
         "what a call returns": (b"\x80\x02ccollections\ndeque\n)R)R.", "what another call returns"),
         "EXT": (b"\x80\x02\x82\xf0" + opened + b"\x85R.", "EXT1"),
         "buffers": (b"\x80\x05\x97.", "NEXT_BUFFER"),
-        "cut off": (pickle.dumps({"a": list(range(9))})[:-9], "no whole pickle"),
+        "cut off": (pickle.dumps({"a": list(range(9))}, 2)[:-9], "no whole pickle"),
+        # Reading a file, Python's unpickler drops what stands before a frame's end, and takes a name of what follows.
+        "frame": (b"\x80\x04\x95\x0c" + bytes(7) + b"cnumpy\nfloat" + b"load\n)R.", "frame"),
     }
 
 
@@ -216,7 +221,7 @@ def test_name_in_io_json(checkpoint, pair, place):
             objects["other"] = {"type": pyref(*pair), "items": [], "metadata": None, "paths": []}
 
     edit(checkpoint, change)
-    (problem,) = trust.problems(checkpoint)
+    problem = trust.problems(checkpoint)[0]
     assert problem.startswith(IO) and pair[1] in problem and "\n" not in problem
 
 
@@ -245,6 +250,20 @@ def test_other_ways_in_io_json(checkpoint, canary, tmp_path):
     assert tokenizer("owner/model", False) == [] == tokenizer("nemo_tokenizer", {"type": "leaf", "value": True})
     assert "owner/model" in tokenizer("owner/model", {"type": "leaf", "value": True})[0]
     assert "evil" in tokenizer("../../evil", True)[0]
+    before = (checkpoint / IO).read_text()
+    for hidden in ("type", "names"):  # what stands for the metadata gives the names in another way
+
+        def hide(objects, hidden=hidden):
+            key = next(key for key in objects if key.startswith("autotokenizer"))
+            metadata = objects[objects[key]["metadata"]["key"]]
+            if hidden == "type":
+                metadata["type"] = pyref("fiddle._src.config", "Config")
+            else:
+                metadata["items"][1][1] = {"type": "leaf", "value": "ab"}
+
+        edit(checkpoint, hide)
+        assert trust.problems(checkpoint)[0].startswith(IO)
+        (checkpoint / IO).write_text(before)
     config = checkpoint / "context/nemo_tokenizer/config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"auto_map": {"AutoTokenizer": "own.Own"}}))
     assert "nemo_tokenizer" in tokenizer("nemo_tokenizer", True)[0]
@@ -319,3 +338,170 @@ def test_advisories(monkeypatch):
     said = trust.advisories()
     assert "\n" not in said and "CVE-2026-65110" in said and "CVE-2026-24152" not in said
     assert len(said) < 700
+
+
+def metadata_of(entries, stored, kind="state"):
+    """A .metadata, by opcodes: names, then the objects as torch makes them, or (`kind`) in a way that hides some."""
+    package = "torch.distributed.checkpoint"
+    kinds = {
+        "Tensor": (f"{package}.metadata", "TensorStorageMetadata"),
+        "Bytes": (f"{package}.metadata", "BytesStorageMetadata"),
+    }
+
+    def value(thing):
+        return re.sub(rb"q[\x00-\x02]", b"", pickle.dumps(thing, protocol=2)[2:-1])
+
+    def made(name, **state):
+        items = b"".join(value(key) + (it if isinstance(it, bytes) else value(it)) for key, it in state.items())
+        return b"c" + "\n".join(name).encode() + b"\n)\x81}(" + items + b"ub"
+
+    first = b"".join(value(key) + made(kinds[entry]) for key, entry in entries)
+    second = b""
+    for key, offset, place in stored:
+        index = made((f"{package}.metadata", "MetadataIndex"), fqn=key, **({"offset": (0,)} if offset else {}))
+        info = dict(zip(("relative_path", "offset", "length"), place))
+        second += index + made((f"{package}.filesystem", "_StorageInfo"), **info)
+    first, second = b"}(" + first + b"u", b"}(" + second + b"u"
+    name = (f"{package}.metadata", "Metadata")
+    if kind == "arguments":
+        return b"\x80\x02c" + "\n".join(name).encode() + b"\n(" + first + b"N" + second + b"t\x81."
+    whole = b"\x80\x02" + made(name, state_dict_metadata=first, storage_data=second)
+    return whole + (b"}X\x04\x00\x00\x00moreK\x01sb." if kind == "set twice" else b".")
+
+
+def test_objects_hidden_in_metadata(checkpoint, canary):
+    """However .metadata says that an object, not a tensor, lies in a *.distcp file: it is looked at, or refused."""
+    evil = zipped(data_pkl=called("os", "system", f"touch {canary}"))
+    (checkpoint / "weights/__0_0.distcp").write_bytes(evil)
+    place = ("__0_0.distcp", 0, len(evil))
+    for entries, stored, kind, named in [
+        ([("a", "Tensor")], [("a", True, place)], "state", None),  # torch's own unpickler reads it, of tensors only
+        ([("a", "Bytes")], [("a", False, place)], "state", "os.system"),
+        ([("a", "Tensor"), ("a", "Bytes")], [("a", True, place)], "state", "os.system"),
+        ([("a", "Tensor")], [("a", False, place)], "state", "os.system"),
+        ([], [("a", True, place)], "state", "os.system"),
+        ([("a", "Bytes")], [("a", False, place)], "set twice", "os.system"),
+        ([("a", "Bytes")], [("a", False, place)], "arguments", "another way"),
+        ([("a", "Bytes")], [("a", False, ("../../evil", 0, 9))], "state", "../../evil"),
+        ([("a", "Bytes")], [("a", False, ("missing", 0, 9))], "state", "missing"),
+    ]:
+        (checkpoint / METADATA).write_bytes(metadata_of(entries, stored, kind))
+        found = trust.problems(checkpoint)
+        assert (found == []) if named is None else (found and named in found[0]), (entries, kind, found)
+    assert not canary.exists()
+
+
+def test_bytes_of_transformer_engine(checkpoint, canary):
+    """What it unpickles once more must be there as it is, not put together or encoded when it is loaded."""
+    evil = called("os", "system", f"touch {canary}")[2:]  # without a pickle's first bytes
+    numbers = b"(" + b"".join(b"K" + bytes([byte]) for byte in evil) + b"l"
+    inside = {
+        "bytes": b"C" + bytes([len(evil)]) + evil,
+        "latin1": b"c_codecs\nencode\nX" + len(evil).to_bytes(4, "little") + evil + b"X\x06\x00\x00\x00latin1\x86R",
+        "another encoding": b"c_codecs\nencode\nX\x01\x00\x00\x00aX\x05\x00\x00\x00utf16\x86R",
+        "put together": b"cbuiltins\nbytearray\n" + numbers + b"\x85R",
+    }
+    for kind, content in inside.items():
+        for end in (content + b"\x85R.", b")\x81" + content + b"K\x00N\x87b."):
+            saved = b"\x80\x04c_io\nBytesIO\n" + end
+            whole = zipped(data_pkl=saved)
+            (checkpoint / "weights/__0_0.distcp").write_bytes(whole)
+            key = "module.layer._extra_state/shard_0_1"
+            stored = [(key, False, ("__0_0.distcp", 0, len(whole)))]
+            (checkpoint / METADATA).write_bytes(metadata_of([(key, "Bytes")], stored))
+            assert trust.problems(checkpoint), kind
+    empty = zipped(data_pkl=b"\x80\x04c_io\nBytesIO\n)\x81C\x00K\x00N\x87b.")
+    (checkpoint / "weights/__0_0.distcp").write_bytes(empty)
+    stored = [(key, False, ("__0_0.distcp", 0, len(empty)))]
+    (checkpoint / METADATA).write_bytes(metadata_of([(key, "Bytes")], stored))
+    assert trust.problems(checkpoint) == []
+
+
+def test_a_name_across_the_end_of_a_frame():
+    """Why that is refused: Python's unpickler asks for another name than the one that stands there."""
+    asking = Asking(io.BytesIO(pickled("canary")["frame"][0]))
+    with contextlib.suppress(pickle.UnpicklingError):  # a Python that sees through it is welcome
+        asking.load()
+    assert asking.names <= {("numpy", "load")} and ("numpy", "floatload") in trust.PICKLED
+
+
+class Stub:
+    """What Python's unpickler is given for every name, so that nothing is imported."""
+
+    def __new__(cls, *args, **kwargs):
+        return object.__new__(cls)
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def __call__(self, *args):
+        return self
+
+    def __setitem__(self, key, value):
+        pass
+
+    def append(self, item):
+        pass
+
+
+class Asking(pickle.Unpickler):
+    """Python's unpickler, which notes the names that it asks for. It reads opcodes by frames, as files are read."""
+
+    def __init__(self, file):
+        super().__init__(file)
+        self.names = set()
+
+    def find_class(self, module, name):
+        self.names.add((module, name))
+        return Stub
+
+    def persistent_load(self, key):
+        return Stub()
+
+
+def test_no_pickle_asks_for_a_name_that_is_not_told():
+    """Twenty thousand broken pickles: what Python's unpickler asks for before it stops is told, or the file refused."""
+    random = Random(1)
+    values = [
+        1,
+        2.5,
+        None,
+        True,
+        b"x" * 300,
+        "台灣",
+        2**70,
+        Path("x"),
+        OrderedDict(a={1, 2}),
+        deque([3]),
+        {"a": (1, [])},
+    ]
+    whole = [pickle.dumps([value, values], protocol) for value in values for protocol in range(6)]
+    whole += [content for content, _ in pickled("canary").values()]
+    told = refused = 0
+    for _ in range(20_000):
+        data = bytearray(random.choice(whole))
+        for _ in range(random.randint(1, 6)):
+            at, kind = random.randrange(len(data)), random.random()
+            if kind < 0.4:
+                data[at] = random.choice(b"\x80\x93\x94hqjrR(tu012be.cio}]\x81\x85\x86\x8c" + random.randbytes(1))
+            elif kind < 0.6:
+                del data[at : at + random.randint(1, 4)]
+            else:
+                other = random.choice(whole)
+                start = random.randrange(len(other))
+                data[at:at] = other[start : start + random.randint(1, 40)]
+            data = data.replace(b"r", b"q") or bytearray(b".")  # LONG_BINPUT can take all memory, in Python's
+        file = io.BytesIO(data)  # torch's own; a BufferedReader, which has more methods, is what open() gives
+        asking, scan = Asking(random.choice([file, io.BufferedReader(file)])), pickles.Scan()
+        try:
+            asking.load()
+        except Exception:  # any, from broken pickles
+            pass
+        try:
+            scan.file(bytes(data))
+        except pickles.Unreadable:
+            refused += 1
+            continue
+        told += 1
+        assert asking.names <= scan.names.keys(), bytes(data)
+    assert told > 1000 and refused > 1000

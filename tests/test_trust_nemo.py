@@ -41,7 +41,9 @@ def built(recipe, stages):
     tokenizer = run.Config(AutoTokenizer, str(stages / "hf_model/tiny"))
     recipe.trainer.accelerator, recipe.trainer.devices, recipe.trainer.num_nodes = "cpu", 1, 1
     recipe.model.tokenizer, recipe.data.tokenizer = tokenizer, tokenizer
-    recipe.model.config.apply_rope_fusion = False  # needs Transformer Engine
+    for name in ("apply_rope_fusion", "moe_permute_fusion"):  # these need Transformer Engine
+        if hasattr(recipe.model.config, name):
+            setattr(recipe.model.config, name, False)
     return fdl.build(recipe).keywords
 
 
@@ -73,15 +75,16 @@ def test_contexts_with_stock_callbacks(stages, context):
     from megatron.core.optimizer import OptimizerConfig
     from nemo.collections import llm
     from nemo.lightning.pytorch import callbacks as nemo
+    from nemo.lightning.pytorch.callbacks.garbage_collection import GarbageCollectionCallback
+    from nemo.lightning.pytorch.callbacks.megatron_comm_overlap import MegatronCommOverlapCallback
     from nemo.lightning.pytorch.optim import lr_scheduler
     from nemo.utils.exp_manager import DeltaTimingCallback, TimingCallback
 
     from nemo_tutorial import callbacks as ours
 
     own = [
-        nemo.GarbageCollectionCallback(10, 10),
-        nemo.MegatronCommOverlapCallback(tp_comm_overlap=False),
-        nemo.MemoryProfileCallback(),
+        GarbageCollectionCallback(10, 10),
+        MegatronCommOverlapCallback(tp_comm_overlap=False),
         nemo.NsysCallback(1, 2),
         nemo.PreemptionCallback(),
         nemo.ProgressPrinter(),
@@ -118,6 +121,8 @@ def test_contexts_with_stock_callbacks(stages, context):
 def test_stock_import_passes(stages, tmp_path):
     """What `nemo llm import` writes, weights and context."""
     from nemo.collections import llm
+
+    from nemo_tutorial import conversion  # noqa: F401  NeMo's importer without Transformer Engine
 
     llm.LlamaModel.importer(f"hf://{stages / 'hf_model/tiny'}")(output_path=tmp_path / "stock")
     assert trust.problems(tmp_path / "stock") == trust.problems(stages / "nemo_ckpt/tiny") == []
@@ -173,7 +178,8 @@ def test_objects_among_the_tensors(stages, tmp_path, kind):
         with open(file, "ab") as opened:
             opened.write(saved.getvalue())
         metadata = dcp.FileSystemReader(copy / "weights").read_metadata()
-        key = "module.decoder.layers.self_attention.linear_qkv._extra_state/shard_0_2"
+        key = "rng_state" if kind == "object" else "module.decoder.layers.self_attention.linear_qkv._extra_state"
+        key += "/shard_0_2"
         info = type(next(iter(metadata.storage_data.values())))(file.name, offset, len(saved.getvalue()))
         metadata.state_dict_metadata[key] = BytesStorageMetadata()
         metadata.storage_data[MetadataIndex(key)] = info
@@ -183,7 +189,7 @@ def test_objects_among_the_tensors(stages, tmp_path, kind):
         if value is harmless:
             assert found == []
         else:
-            assert found and all("_extra_state" in said for said in found), found
+            assert found and all("/shard_0_2" in said for said in found), found
     assert not canary.exists()
 
 
@@ -196,7 +202,7 @@ def test_names_reach_only_what_is_meant():
             on_a_list = (module.__name__, name) in trust.CONFIGS or (module.__name__, name) in trust.PICKLED
             if on_a_list and inspect.isclass(value) and home.split(".")[0] not in HARMLESS:
                 strange.append((module.__name__, name, home))
-    assert strange == []
+    assert sorted({(name, home) for _, name, home in strange}) == []
 
 
 def modules_on(names):

@@ -1,0 +1,525 @@
+"""Runs that are interrupted, go on, fail, hang or fill the disk: what the user is told, and what is lost (nothing)."""
+
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from argparse import Namespace
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import ROOT, script
+
+from nemo_tutorial import checkpoints, faults
+
+TRAIN = (
+    "--dataset_path data/pre --split 90,10,0 --seq_length 128 --global_batch_size 8 --micro_batch_size 4 "
+    "--nemo_model nemo_ckpt/tiny --lr 6e-3 --num_workers 1"
+).split()
+LORA = (
+    "--dataset_path data/rows --seq_length 128 --global_batch_size 4 --no_packing --nemo_model nemo_ckpt/tiny "
+    "--peft lora --num_workers 1"
+).split()
+# Loaded by every rank (sitecustomize): faults that can't be made from outside, at signals that nobody else uses.
+INJECT = """
+import os, signal
+if "RANK" in os.environ:
+    def fail(number, frame):
+        raise RuntimeError("injected")
+    def poison(number, frame):
+        import gc, torch
+        for module in gc.get_objects():
+            if type(module).__name__ == "VocabParallelEmbedding":
+                module.weight.data.fill_(float("nan"))
+    signal.signal(signal.SIGUSR2, fail)
+    signal.signal(signal.SIGRTMIN, poison)
+"""
+
+
+# What needs no NeMo
+
+
+def flags(**changed):
+    common = {"dataset_path": ["data/pre"], "split": "90,10,0", "seq_length": 128, "global_batch_size": 8, "seed": 1}
+    return {**common, "lr": 1e-3, "min_lr": 1e-4, "warmup_steps": 10, "max_steps": 100, "peft": None, **changed}
+
+
+@pytest.mark.parametrize(
+    "changed, found",
+    [
+        ({}, []),
+        ({"lr": 2e-3}, [("--lr", 1e-3, 2e-3)]),
+        ({"dataset_path": ["data/other"]}, [("--dataset_path", ["data/pre"], ["data/other"])]),
+        ({"peft": "lora"}, [("--peft", None, "lora")]),
+        ({"max_steps": 50, "warmup_steps": 5}, [("--max_steps", 100, 50)]),
+        ({"max_steps": 200, "warmup_steps": 20}, []),  # trained further, the warm-up by default
+        ({"max_steps": 200, "warmup_steps": 7}, [("--warmup_steps", 10, 7)]),
+    ],
+)
+def test_changes(changed, found):
+    assert faults.changes(Namespace(**flags(**changed)), {"flags": flags()}, {}) == found
+
+
+def test_changed_data(tmp_path):
+    """A file of the same size with other content, a grown one, one more."""
+    names = [tmp_path / name for name in ("a.bin", "b.bin", "c.bin")]
+    for name in names[:2]:
+        name.write_bytes(bytes(3 << 20))
+    last = {"flags": flags(), "data": faults.identity(names[:2])}
+    assert faults.changes(Namespace(**flags()), last, faults.identity(names[:2])) == []
+    names[0].write_bytes(bytes((3 << 20) - 1) + b"x")
+    names[1].write_bytes(bytes(4 << 20))
+    names[2].write_bytes(b"new")
+    found = faults.changes(Namespace(**flags()), last, faults.identity(names))
+    assert [file for file, _, _ in found] == list(map(str, names))
+    assert found[1][1:] == ("3,145,728 bytes", "4,194,304 bytes") and found[2][1] == "not there"
+
+
+@pytest.mark.parametrize(
+    "step, failures, allowed, again",
+    [
+        (0, [], 0, False),
+        (0, [], 2, True),
+        (5, [0], 2, True),
+        (9, [0, 5], 2, False),  # no restart is left
+        (0, [0], 9, True),
+        (0, [0, 0], 9, False),  # the third failure without a step
+        (7, [0, 5, 5], 9, True),
+        (5, [0, 5, 5], 9, False),
+    ],
+)
+def test_restart(step, failures, allowed, again):
+    assert faults.restart(step, failures, allowed)[0] is again
+
+
+def plan(folder, *more, check=True):
+    return script(folder, "pretraining/pretrain.py", "-E", "run", *more, "--dry_run", check=check)
+
+
+@pytest.fixture
+def stopped(tmp_path, nemo_checkpoint, write_index):
+    """A run of 20 steps of 100, as its folder tells, and the flags that it was started with."""
+    write_index(tmp_path / "data/pre/one", [200] * 100)
+    nemo_checkpoint(tmp_path / "nemo_ckpt/tiny")
+    nemo_checkpoint(
+        tmp_path / "results/run/checkpoints/model_name=0--val_loss=1.50-step=19-consumed_samples=160.0",
+        stage="pretraining",
+    )
+    command = "-n nemo_ckpt/tiny -D data/pre --split 90,10,0 -s 128 -g 8 --max_steps 100 --lr 1e-3".split()
+    kept = flags(dataset_path=["data/pre"], seed=1234)
+    data = {f"data/pre/one.{end}": faults.identity([tmp_path / f"data/pre/one.{end}"]) for end in ("idx", "bin")}
+    data = {name: next(iter(value.values())) for name, value in data.items()}
+    (tmp_path / "results/run/record").mkdir()
+    history = {"stage": "pretraining", "restored_from": "nemo_ckpt/tiny", "starts": [{"flags": kept, "data": data}]}
+    (tmp_path / "results/run/record/run.json").write_text(json.dumps(history))
+    return tmp_path, command
+
+
+def test_going_on_says_from_where(stopped):
+    folder, command = stopped
+    output = plan(folder, *command).stdout
+    assert "goes on from step 20 of results/run/checkpoints/" in output and "160 samples" in output
+
+
+def test_change_is_refused_with_old_and_new(stopped):
+    folder, command = stopped
+    result = plan(folder, *command, "--lr", "2e-3", "--seed", 5, check=False)
+    assert result.returncode == 2
+    assert "--lr: 0.001 -> 0.002" in result.stderr and "--seed: 1234 -> 5" in result.stderr
+    assert "--allow_change" in result.stderr
+    allowed = plan(folder, *command, "--lr", "2e-3", "--allow_change")
+    assert "--lr: 0.001 -> 0.002" in allowed.stderr and "goes on from step 20" in allowed.stdout
+    (folder / "data/pre/one.bin").write_bytes(bytes(100 * 200 * 2 - 1) + b"x")
+    result = plan(folder, *command, check=False)
+    assert result.returncode == 2 and "one.bin" in result.stderr
+
+
+def test_more_steps_go_on(stopped):
+    folder, command = stopped
+    output = plan(folder, *command, "--max_steps", 300).stdout
+    assert "--max_steps 100 -> 300: from step 20 on, the schedule is that of 300" in output
+
+
+def test_finished_run(stopped):
+    folder, command = stopped
+    result = plan(folder, *command, "--max_steps", 20)
+    assert result.returncode == 0 and "finished" in result.stdout and "--max_steps above 20" in result.stdout
+
+
+def test_fresh_refuses_a_run(stopped):
+    folder, command = stopped
+    result = plan(folder, *command, "--fresh", check=False)
+    assert result.returncode == 2 and "rm -r results/run" in result.stderr and "--experiment" in result.stderr
+    shutil.rmtree(folder / "results")
+    assert plan(folder, *command, "--fresh").returncode == 0
+
+
+def test_a_run_is_trained_once(stopped):
+    folder, command = stopped
+    lock = faults.hold(folder / "results/run")
+    result = plan(folder, *command, check=False)
+    assert result.returncode == 2 and "another process trains in results/run" in result.stderr
+    lock.close()
+    assert plan(folder, *command).returncode == 0
+
+
+def test_no_optimizer_no_going_on(stopped):
+    folder, command = stopped
+    (checkpoints.latest(folder / "results/run") / checkpoints.NO_OPTIMIZER).touch()
+    result = plan(folder, *command, check=False)
+    assert result.returncode == 2 and "--keep_optimizer last" in result.stderr and "--nemo_model" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "more, said",
+    [
+        (["--max_loss_spike", "0.5"], "--max_loss_spike 0.5"),
+        (["--max_restarts", "2", "--executor", "slurm"], "--max_restarts 2"),
+    ],
+)
+def test_flags_of_faults(stopped, more, said):
+    folder, command = stopped
+    result = plan(folder, *command, *more, check=False)
+    assert result.returncode == 2 and said in result.stderr
+
+
+def test_unfinished_checkpoints_go(tmp_path, nemo_checkpoint):
+    whole = nemo_checkpoint(tmp_path / "checkpoints/model_name=0--step=4", stage="pretraining")
+    half = nemo_checkpoint(tmp_path / "checkpoints/model_name=0--step=9", stage="pretraining")
+    (tmp_path / "checkpoints/model_name=0--step=9-unfinished").touch()
+    assert faults.remove_unfinished(tmp_path) == [half.name]
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [whole.name]
+
+
+# What needs it
+
+
+class Run:
+    """A training run in the background, on two processes: its script, its ranks, its metrics."""
+
+    def __init__(self, folder, name, *flags, of="pretraining/pretrain.py", ranks=2):
+        self.folder, self.name, self.count = folder, name, ranks
+        (folder / "inject").mkdir(exist_ok=True)
+        (folder / "inject/sitecustomize.py").write_text(INJECT)
+        self.path = folder / "results" / name
+        self.lines = len(self.metrics_text())
+        command = [sys.executable, str(ROOT / of), "-E", name, "--num_gpus", str(ranks), *map(str, flags)]
+        self.log = folder / f"{name}.log"
+        with open(self.log, "ab") as log:
+            self.began = log.tell()
+            env = os.environ | {"PYTHONPATH": str(folder / "inject")}
+            self.process = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log, env=env)
+
+    def metrics_text(self):
+        file = self.path / "record/metrics.jsonl"
+        return file.read_text().splitlines() if file.exists() else []
+
+    def said(self):
+        with open(self.log, "rb") as log:
+            log.seek(self.began)
+            return log.read().decode(errors="replace")
+
+    def wait_for_steps(self, more=1):
+        """Until this start has written so many lines of metrics; False if it ended before."""
+        deadline = time.monotonic() + 600
+        while len(self.metrics_text()) < self.lines + more:
+            if self.process.poll() is not None:
+                return False
+            assert time.monotonic() < deadline, self.said()[-3000:]
+            time.sleep(0.05)
+        return True
+
+    def ranks(self):
+        found = {}
+        for process in psutil.Process(self.process.pid).children(recursive=True):
+            try:
+                env, parent = process.environ(), process.parent()
+                if "RANK" in env and "torchrun" in " ".join(parent.cmdline()):
+                    found[int(env["RANK"])] = process
+            except (psutil.NoSuchProcess, psutil.AccessDenied):
+                pass
+        return [found[rank] for rank in sorted(found)]
+
+    def wait(self, timeout=600):
+        code = self.process.wait(timeout)
+        return code, self.said()
+
+
+def losses(run):
+    """{step: loss}, of the last time that a step was done."""
+    path = run / "record/metrics.jsonl"
+    return {line["step"]: line["loss"] for line in map(json.loads, path.read_text().splitlines()) if "loss" in line}
+
+
+@pytest.fixture(scope="session")
+def rows(stages):
+    """Instruction data for LoRA, which has dropout."""
+    lines = (ROOT / "data/sample/instructions.jsonl").read_text(encoding="utf-8").splitlines()
+    (stages / "data/rows").mkdir(exist_ok=True)
+    for name, part in (("training", lines[:120]), ("validation", lines[120:140])):
+        (stages / f"data/rows/{name}.jsonl").write_text(
+            "\n".join(
+                json.dumps({"input": row["instruction"], "output": row["output"]}) for row in map(json.loads, part)
+            )
+        )
+    return stages
+
+
+@pytest.mark.nemo
+def test_a_signal_at_rank_1(stages):
+    """SIGUSR1 at rank 1: a complete checkpoint of the step that ran, the marker, exit 143, all said."""
+    run = Run(stages, "warned", *TRAIN, "--max_steps", 2000, "--val_check_interval", 2000)
+    assert run.wait_for_steps(5), run.said()[-3000:]
+    run.ranks()[1].send_signal(signal.SIGUSR1)
+    code, said = run.wait(120)
+    assert code == 143, said[-3000:]
+    marker = json.loads((run.path / "record/preempted.json").read_text())
+    assert marker["signal"] == "SIGUSR1" and marker["step"] == max(losses(run.path))
+    last = checkpoints.latest(run.path)
+    assert Path(marker["checkpoint"]).name == last.name and checkpoints.step(last) == marker["step"]
+    assert f"stopped after step {marker['step']}" in said
+
+
+@pytest.mark.full
+@pytest.mark.nemo
+def test_a_second_signal_hurries(stages):
+    """Nothing is saved; the script fails."""
+    run = Run(stages, "hurried", *TRAIN, "--max_steps", 2000, "--val_check_interval", 2000)
+    run.wait_for_steps(3)
+    ranks = run.ranks()
+    ranks[0].suspend()  # so that the step does not end
+    run.process.send_signal(signal.SIGTERM)
+    time.sleep(2)
+    run.process.send_signal(signal.SIGTERM)
+    assert run.wait(60)[0] == 1
+    assert checkpoints.latest(run.path) is None and not (run.path / "record/preempted.json").exists()
+    assert not [rank for rank in ranks if rank.is_running() and rank.status() != psutil.STATUS_ZOMBIE]
+
+
+@pytest.mark.full
+@pytest.mark.nemo
+@pytest.mark.parametrize("fault", ["stopped", "killed", "exception"])
+def test_all_ranks_end(stages, fault):
+    """Within 120 s, with the default --hang_timeout, and what happened is said."""
+    run = Run(stages, f"ends_{fault}", *TRAIN, "--max_steps", 5000, "--val_check_interval", 5000)
+    run.wait_for_steps(5)
+    ranks = run.ranks()
+    began = time.monotonic()
+    ranks[1].send_signal({"stopped": signal.SIGSTOP, "killed": signal.SIGKILL, "exception": signal.SIGUSR2}[fault])
+    while any(rank.is_running() and rank.status() != psutil.STATUS_ZOMBIE for rank in ranks):
+        assert time.monotonic() - began < 120
+        time.sleep(0.5)
+    print(f"{fault}: all ranks gone after {time.monotonic() - began:.0f} s")
+    code, said = run.wait(60)
+    assert code == 1, said[-3000:]
+    if fault == "stopped":
+        assert re.search(r"hang at step \d+, rank 0, samples \d+ to \d+", said), said[-3000:]
+    if fault == "exception":
+        assert re.search(r"exception at step \d+, rank 1, samples \d+ to \d+: RuntimeError: injected", said)
+
+
+@pytest.mark.full
+@pytest.mark.nemo
+def test_nan_stops_before_the_checkpoint(stages):
+    """Named with step, rank and samples; not started again; the checkpoint before stays the last."""
+    run = Run(
+        stages, "nan", *TRAIN, "--max_steps", 3000, "--val_check_interval", 10, "--max_restarts", 3, "--save_top_k", 1
+    )
+    run.wait_for_steps(15)
+    run.ranks()[1].send_signal(signal.SIGRTMIN)
+    code, said = run.wait(300)
+    assert code == 1
+    found = re.search(r"NaN at step (\d+), rank 1, samples (\d+) to (\d+)", said)
+    assert found, said[-3000:]
+    step, first, last = map(int, found.groups())
+    assert (first, last) == ((step - 1) * 8, step * 8 - 1)
+    assert "not started again" in said and 0 < checkpoints.step(checkpoints.latest(run.path)) < step
+
+
+@pytest.mark.full
+@pytest.mark.nemo
+def test_restarts(stages):
+    """Killed twice, with --max_restarts 2: done, every loss as in a run without a stop."""
+    run = Run(stages, "again", *TRAIN, "--max_steps", 120, "--val_check_interval", 20, "--max_restarts", 2)
+    for lines in (30, 60):
+        run.wait_for_steps(lines)
+        run.ranks()[lines // 60].kill()
+        while len(run.metrics_text()) >= lines and len(run.ranks()) == 2:
+            time.sleep(0.1)
+    code, said = run.wait()
+    assert code == 0, said[-3000:]
+    assert "restart 1 of 2 from step 20" in said and "restart 2 of 2 from step" in said
+    calm = Run(stages, "calm", *TRAIN, "--max_steps", 120, "--val_check_interval", 20)
+    assert calm.wait()[0] == 0
+    assert losses(run.path) == losses(calm.path)
+
+
+@pytest.mark.full
+@pytest.mark.nemo
+def test_other_layouts_go_on(stages):
+    """1 -> TP 2 -> PP 2 -> DP 2, a quarter of the steps each, in fp32: losses within 1e-3 of a run without a stop."""
+    fp32 = [*TRAIN, "--precision", "fp32", "--max_steps", 24, "--val_check_interval", 6]
+    whole = Run(stages, "whole", *fp32, ranks=1)
+    assert whole.wait()[0] == 0, whole.said()[-3000:]
+    layouts = [[], ["-T", 2], ["-P", 2], []]
+    for number, layout in enumerate(layouts):
+        run = Run(stages, "moved", *fp32, "--exit_interval", 6, *layout, ranks=2 if number else 1)
+        code, said = run.wait()
+        assert code == 0, said[-3000:]
+        assert number == 0 or f"goes on from step {6 * number} " in said
+    found, expected = losses(run.path), losses(whole.path)
+    worst = max(abs(found[step] - expected[step]) for step in range(1, 25))
+    print(f"largest difference of a loss: {worst:.2g}")
+    assert worst < 1e-3
+
+
+@pytest.mark.full
+@pytest.mark.nemo
+def test_trained_further(stages):
+    """Finished, then --max_steps raised: the learning rates are those of the new schedule, from the first new step."""
+    from nemo_tutorial import schedule
+
+    first = Run(stages, "further", *TRAIN, "--max_steps", 10, "--val_check_interval", 10, ranks=1)
+    assert first.wait()[0] == 0, first.said()[-3000:]
+    run = Run(stages, "further", *TRAIN, "--max_steps", 30, "--val_check_interval", 10, ranks=1)
+    code, said = run.wait()
+    assert code == 0 and "--max_steps 10 -> 30" in said, said[-3000:]
+    lines = [json.loads(line) for line in run.metrics_text()]
+    rates = {line["step"]: line["learning_rate"] for line in lines if "loss" in line}
+    for step in range(11, 31):
+        expected = schedule.learning_rate(step - 1, 6e-3, 6e-4, 3, 30)
+        assert rates[step] == pytest.approx(expected, rel=1e-4), step
+
+
+@pytest.mark.full
+@pytest.mark.nemo
+def test_dropout_goes_on_bit_equal(rows):
+    """LoRA with its dropout, stopped by a signal and gone on: every loss as in a run without a stop."""
+    flags = (*LORA, "--max_steps", 40, "--val_check_interval", 10)
+    calm = Run(rows, "lora_calm", *flags, of="finetuning/finetune.py")
+    assert calm.wait()[0] == 0, calm.said()[-3000:]
+    run = Run(rows, "lora_stopped", *flags, of="finetuning/finetune.py")
+    run.wait_for_steps(13)
+    run.ranks()[0].send_signal(signal.SIGTERM)
+    code, said = run.wait()
+    assert code == 143, said[-3000:]
+    stopped = checkpoints.step(checkpoints.latest(run.path))
+    assert 13 <= stopped < 40
+    run = Run(rows, "lora_stopped", *flags, of="finetuning/finetune.py")
+    assert run.wait()[0] == 0, run.said()[-3000:]
+    assert losses(run.path) == losses(calm.path)
+
+
+@pytest.mark.full
+@pytest.mark.nemo
+def test_optimizer_of_the_last_alone(stages):
+    """--keep_optimizer last: older checkpoints have a quarter of the size, and are good to start from."""
+    flags = (*TRAIN, "--max_steps", 12, "--val_check_interval", 4, "--save_top_k", 3, "--keep_optimizer", "last")
+    run = Run(stages, "lean", *flags)
+    code, said = run.wait()
+    assert code == 0, said[-3000:]
+    last = checkpoints.latest(run.path).resolve()
+    others = [path for path in last.parent.iterdir() if not path.is_symlink() and path != last and path.is_dir()]
+    assert len(others) == 2
+    for path in others:
+        assert checkpoints.problem(path) is None and (path / checkpoints.NO_OPTIMIZER).exists()
+        assert checkpoints.size(path / "weights") < 0.3 * checkpoints.size(last / "weights")
+    newest = max(others, key=checkpoints.step)
+    again = [word if word != "nemo_ckpt/tiny" else str(newest) for word in TRAIN]
+    next_run = Run(stages, "from_lean", *again, "--max_steps", 2, "--val_check_interval", 2)
+    code, said = next_run.wait()
+    assert code == 0, said[-3000:]
+    assert losses(next_run.path)[1] < losses(run.path)[1]  # trained weights, and not the first ones
+
+
+# The campaign
+
+
+def strike(ranks, kind, chance, ballast):
+    """Do a fault of this kind to running ranks."""
+    if kind == "disk":
+        disk = os.statvfs(ballast.parent)
+        with open(ballast, "wb") as file:
+            os.posix_fallocate(file.fileno(), 0, max(1, disk.f_bavail * disk.f_bsize - (4 << 20)))
+        return
+    signals = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "exception": signal.SIGUSR2, "hang": signal.SIGSTOP}
+    ranks[chance.randrange(len(ranks))].send_signal(signals[kind])
+
+
+def gone(ranks):
+    return not [rank for rank in ranks if rank.is_running() and rank.status() != psutil.STATUS_ZOMBIE]
+
+
+@pytest.mark.full
+@pytest.mark.nemo
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root: the results lie on a small disk of their own (tmpfs)")
+def test_thirty_interruptions(stages):
+    """At random moments of one run on two processes: nothing lost, never from scratch, every loss bit-equal.
+
+    After a signal the command is given again; after the other faults it starts itself again (--max_restarts).
+    """
+    chance = random.Random(int(os.environ.get("FAULTS_SEED", "1")))
+    count = int(os.environ.get("FAULTS_COUNT", "30"))
+    kinds = (["kill", "term", "exception", "hang", "disk"] * count)[:count]
+    chance.shuffle(kinds)
+    steps = 12 * count
+    flags = (*TRAIN, "--val_check_interval", 6, "--limit_val_batches", 1, "--max_steps", steps)
+    calm = Run(stages, "campaign_calm", *flags)
+    assert calm.wait(1800)[0] == 0, calm.said()[-3000:]
+    folder = stages / "campaign"
+    (folder / "results").mkdir(parents=True)
+    for name in ("data", "nemo_ckpt"):
+        (folder / name).symlink_to(stages / name)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=110m", "tmpfs", folder / "results"], check=True)
+    ballast, told, run, step = folder / "results/ballast", [], None, 0
+    faulty = (*flags, "--max_restarts", 99, "--hang_timeout", 15)
+    try:
+        for kind in kinds:
+            if run is None:
+                run = Run(folder, "run", *faulty)
+            if not run.wait_for_steps(1):
+                break
+            first = json.loads(run.metrics_text()[run.lines])["step"]
+            assert first in (step, step + 1), (first, step, told)  # a validation of that step, or the next step
+            time.sleep(chance.uniform(0, 3))
+            ranks = run.ranks()
+            if len(ranks) < 2:
+                break  # it has just ended
+            strike(ranks, kind, chance, ballast)
+            began = time.monotonic()
+            while not gone(ranks):
+                assert time.monotonic() - began < 120, run.said()[-3000:]
+                time.sleep(0.1)
+            seconds = time.monotonic() - began
+            ballast.unlink(missing_ok=True)
+            last, run.lines = checkpoints.latest(run.path), len(run.metrics_text())
+            reached = checkpoints.step(last) if last else 0
+            told.append(
+                (len(told) + 1, kind, f"at {first}", f"goes on from {reached}", f"ranks gone in {seconds:.0f} s")
+            )
+            print(*told[-1], flush=True)
+            assert reached >= step, told
+            step = reached
+            if kind == "term":
+                assert run.wait(120)[0] in (143, 0), run.said()[-3000:]
+                run = None
+        while step < steps:
+            run = run or Run(folder, "run", *faulty)
+            assert run.wait(1800)[0] == 0, run.said()[-4000:]
+            step, run = checkpoints.step(checkpoints.latest(run.path)), None
+        found, expected = losses(folder / "results/run"), losses(calm.path)
+        assert sorted(found) == list(range(1, steps + 1))
+        assert found == expected
+        print(f"{len(told)} interruptions in {steps} steps: every loss bit-equal")
+    finally:
+        if run and run.process.poll() is None:
+            run.process.kill()
+            for rank in run.ranks():
+                rank.kill()
+        subprocess.run(["umount", "-l", folder / "results"], check=False)
