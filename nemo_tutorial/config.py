@@ -9,9 +9,9 @@ HEAD = "--- # "  # YAML's own marks around a document, so that it can be cut out
 TAIL = "..."
 # Flags that a recipe that is given in full does not hold: how it is started, not what it does.
 STARTED = tuple(
-    "config dry_run executor gpu_memory hf_token wandb_token trust_checkpoint account partition qos time gres mem "
-    "fresh allow_change max_restarts exclusive constraint nodelist container_image container mount setup env srun_arg sbatch_arg wait chain "
-    "save_before".split()
+    "config dry_run executor gpu_memory hf_token wandb_token trust_checkpoint fresh allow_change max_restarts account "
+    "partition qos time gres mem exclusive constraint nodelist container_image container mount setup env srun_arg "
+    "sbatch_arg wait chain save_before".split()
 )
 
 
