@@ -2,15 +2,16 @@
 
 import argparse
 import difflib
+import re
 from pathlib import Path
 
 HEAD = "--- # "  # YAML's own marks around a document, so that it can be cut out of what is printed
 TAIL = "..."
 # Flags that a recipe that is given in full does not hold: how it is started, not what it does.
 STARTED = tuple(
-    "config dry_run executor gpu_memory hf_token wandb_token trust_checkpoint account partition qos time gres mem "
-    "exclusive constraint nodelist container_image container mount setup env srun_arg sbatch_arg wait chain "
-    "save_before".split()
+    "config dry_run executor gpu_memory hf_token wandb_token trust_checkpoint fresh allow_change max_restarts account "
+    "partition qos time gres mem exclusive constraint nodelist container_image container mount setup env srun_arg "
+    "sbatch_arg wait chain save_before".split()
 )
 
 
@@ -18,8 +19,13 @@ def read(path, parser):
     """A file's flags as words for `parser`, `overrides`, and recipe or None. Raises ValueError with all mistakes."""
     import yaml  # not above: --help needs only the standard library
 
+    class Loader(yaml.SafeLoader):
+        """Reads 1e-5 as a number: by YAML 1.1, PyYAML's, it would be a text."""
+
+    number = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$")
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+0123456789"))
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        content = yaml.load(Path(path).read_text(encoding="utf-8"), Loader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ValueError(f"--config {path} can't be read as YAML: {error}") from None
     if not isinstance(content, dict):

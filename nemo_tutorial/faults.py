@@ -17,8 +17,8 @@ DATA = (
     "dataset_path split seq_length global_batch_size seed prompt_template system_prompt packing packed_sequence_size "
     "overlong"
 ).split()
-SCHEDULE = "lr min_lr warmup_steps max_steps lr_decay".split()
-MODEL = "peft hf_model_id".split()
+SCHEDULE = "lr min_lr warmup_steps max_steps lr_decay lr_wsd_decay_steps".split()
+MODEL = "peft hf_model_id lora_rank lora_alpha lora_target_modules".split()
 FINAL = ("NaN", "spike")  # the same again after a restart
 NO_PROGRESS = 3
 
@@ -118,6 +118,9 @@ def _follows(name, args, flags):
     if name == "warmup_steps":
         defaults = [schedule.warmup_steps(steps) for steps in (flags.get("max_steps"), args.max_steps)]
         return [flags["warmup_steps"], args.warmup_steps] == defaults
+    if name == "lr_wsd_decay_steps" and args.lr_decay == flags["lr_decay"] == "wsd":
+        defaults = [schedule.wsd_decay_steps(steps) for steps in (flags["max_steps"], args.max_steps)]
+        return [flags["lr_wsd_decay_steps"], args.lr_wsd_decay_steps] == defaults
     return False
 
 

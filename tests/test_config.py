@@ -26,7 +26,7 @@ def parse(load_script, tmp_path, capsys):
 
 
 def test_a_file_and_flags_over_it(parse):
-    content = {"dataset_path": ["a", "b"], "max_steps": 7, "lr": 1e-4, "fp8": True, "micro-batch-size": 2}
+    content = {"dataset_path": ["a", "b"], "max_steps": 7, "lr": "1e-4", "fp8": True, "micro-batch-size": 2}
     args = parse("--config {FILE} --max_steps 9", content)
     assert (args.dataset_path, args.max_steps, args.lr, args.fp8) == (["a", "b"], 9, 1e-4, True)
     assert args.micro_batch_size == 2
@@ -181,7 +181,8 @@ def test_a_recipe_is_printed_and_fed_back(build, tmp_path, kind, words):
     file.write_text(f"{config.HEAD}flags\n{text}{config.TAIL}", encoding="utf-8")
     again = build(kind, f"--config {file} --dry_run full", base="")
     assert again.args.recipe is not None
-    assert again.recipe == first.recipe
+    # As text, and not by ==: to Fiddle, one number in two places is another recipe than two equal ones.
+    assert recipes.as_text(again.recipe) == recipes.as_text(first.recipe)
     changed = "optim.config.weight_decay" if "weight_decay" in words else "as the flags make it"
     assert f"recipe of {file}\n  {changed}" in again.said.out
     assert again.recipe.data.tokenizer is again.recipe.model.tokenizer
@@ -189,7 +190,7 @@ def test_a_recipe_is_printed_and_fed_back(build, tmp_path, kind, words):
     known = {name: value for name, value in vars(first.args).items() if name not in ignored}
     assert known == {name: value for name, value in vars(again.args).items() if name not in ignored}
     changed = build(kind, f"--config {file} --dry_run full optim.config.weight_decay=0.7", base="")
-    assert changed.recipe.optim.config.weight_decay == 0.7 and changed.recipe != first.recipe
+    assert changed.recipe.optim.config.weight_decay == 0.7
 
 
 @pytest.mark.nemo

@@ -59,6 +59,10 @@ COMMON = {
         lambda r: "--nodes=2" in r.job and "check_network" not in r.job,
     ),
     "--wait": ("--wait", refused("--wait")),
+    "--keep_optimizer": ("--keep_optimizer last", lambda r: hook(r.recipe, "KeepLastOptimizer") is not None),
+    "--hang_timeout": ("--hang_timeout 41", lambda r: 41 in hook(r.recipe, "Heartbeat").__arguments__.values()),
+    "--max_loss_spike": ("--max_loss_spike 3", lambda r: 3 in hook(r.recipe, "LossGuard").__arguments__.values()),
+    "--max_restarts": ("--executor slurm --max_restarts 2", refused("--max_restarts 2")),
     "--log_interval": ("--log_interval 7", lambda r: r.recipe.trainer.log_every_n_steps == 7),
     "--generate_prompts": (
         "--generate_prompts prompts.txt",
@@ -213,6 +217,8 @@ OWN = {
 ELSEWHERE = {
     "--config": "test_config.py::test_a_file_and_flags_over_it",
     "--dry_run": "test_plan.py::test_a_dry_run_is_quick_and_imports_nothing_heavy",
+    "--allow_change": "test_faults.py::test_change_is_refused_with_old_and_new",
+    "--fresh": "test_faults.py::test_fresh_refuses_a_run",
     "--trust_checkpoint": "test_trust.py::test_every_script_that_loads_one",
     "--hf_token": "test_cli.py::test_token_leaves_the_command_line",
     "--wandb_token": "test_cli.py::test_token_leaves_the_command_line",
