@@ -82,7 +82,8 @@ class MLflow(MLFlowLogger):
         return found
 
     def log_metrics(self, metrics, step=None):
-        attempt(self, "--mlflow", super().log_metrics, metrics, step)
+        # NeMo's steps are floats, which MLflow writes into its files and can't read again.
+        attempt(self, "--mlflow", super().log_metrics, metrics, None if step is None else int(step))
 
     def log_hyperparams(self, params):
         attempt(self, "--mlflow", super().log_hyperparams, params)

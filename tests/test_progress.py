@@ -188,7 +188,7 @@ def mlflow(tmp_path_factory):
 def log(code, **env):
     """What a process prints that logs a few values by `code`, in this repository."""
     lines = "from nemo_tutorial import loggers\n" + code + "\n"
-    lines += "logger.experiment\nfor step in range(3): logger.log_metrics({'loss': 2.0 - step}, step)\n"
+    lines += "logger.experiment\nfor step in range(3): logger.log_metrics({'loss': 2.0 - step}, float(step))\n"
     lines += "logger.finalize('success')\nprint('goes on')\n"
     env = os.environ | {"WANDB_SILENT": "true"} | env
     done = subprocess.run([sys.executable, "-c", lines], cwd=ROOT, capture_output=True, text=True, env=env, timeout=180)
@@ -204,6 +204,7 @@ def test_mlflow_in_a_folder(mlflow, tmp_path):
     log(code, PYTHONPATH=str(mlflow), MLFLOW_TRACKING_URI="")  # the run goes on
     values = [file.read_text().split() for file in (tmp_path / "runs").rglob("metrics/loss")]
     assert len(values) == 1 and values[0][1::3] == ["2.0", "1.0", "0.0"] * 2
+    assert values[0][2::3] == ["0", "1", "2"] * 2
 
 
 @pytest.mark.nemo
