@@ -365,10 +365,12 @@ class Heartbeat(Callback):
                 faulthandler.dump_traceback_later(max(self.seconds, self.deadline - now) + 5, exit=True)
             time.sleep(1)
         stack = traceback.extract_stack(sys._current_frames()[self.main])[-1]
-        where = f"{stack.filename}:{stack.lineno} in {stack.name}"
+        where = f"at {stack.filename}:{stack.lineno} in {stack.name}"
+        if "torch/distributed" in stack.filename:
+            where = f"waiting for another rank, in {stack.name}"
         faulthandler.dump_traceback(all_threads=True)
         write_failure(
-            self.folder, self.trainer, "hang", f"nothing moved for {self.seconds} s after {self.last}; it is at {where}"
+            self.folder, self.trainer, "hang", f"nothing moved for {self.seconds} s after {self.last}; it is {where}"
         )
         sys.stdout.flush()
         # A stopped process does not end itself, and torchrun would wait for it as long as for a save.
