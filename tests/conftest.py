@@ -194,9 +194,13 @@ def nemo_checkpoint():
             ),
         }
         _fiddle_object(objects, "<root>.model", f"{llm}.model.llama", "LlamaModel", {}, model)
-        data = {"pretraining": "PreTrainingDataModule", "finetuning": "FineTuningDataModule"}.get(stage)
-        if data:
-            _fiddle_object(objects, "<root>.extra['datamodule']", f"{llm}.data", data, {"seq_length": 128}, {})
+        classes = {
+            "pretraining": "pre_training.PreTrainingDataModule",
+            "finetuning": "fine_tuning.FineTuningDataModule",
+        }
+        if stage in classes:
+            module, name = f"{llm}.data.{classes[stage]}".rsplit(".", 1)
+            _fiddle_object(objects, "<root>.extra['datamodule']", module, name, {"seq_length": 128}, {})
         (path / "context" / "io.json").write_text(json.dumps({"objects": objects, "version": "0.0.1"}))
         return path
 
