@@ -113,7 +113,7 @@ def measure(args, folder):
             log_every_n_steps=args.interval,
         )
         began = time.perf_counter()
-        trainer.fit(Nothing(), [batch] * args.steps)
+        trainer.fit(Nothing(), torch.utils.data.DataLoader([batch] * args.steps, batch_size=None))
         loops.append(time.perf_counter() - began)
         before = before or statistics.median(taken["counting tokens"])
     taken["counting tokens"] = [value - before for value in taken["counting tokens"]]
