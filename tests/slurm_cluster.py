@@ -1,7 +1,9 @@
 """A real Slurm cluster of two nodes on this machine, for the tests; started once, torn down at the end."""
 
+import ctypes
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -57,6 +59,11 @@ def missing():
     return None
 
 
+def _end_with_parent():
+    """Linux ends this process when the one that started it is gone, even killed: no cluster is left behind."""
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
 class Cluster:
     """Two nodes, n1 and n2, of 4 CPUs each as Slurm sees them. `env` is what commands need to reach it."""
 
@@ -88,7 +95,14 @@ class Cluster:
     def spawn(self, *words):
         name = " ".join(word for word in words if not word.startswith(("--", "-D")))
         log = open(self.folder / "log" / f"{name.replace(' ', '')}.out", "ab")
-        process = subprocess.Popen(words, env=os.environ | self.env, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            words,
+            env=os.environ | self.env,
+            stdout=log,
+            stderr=log,
+            stdin=subprocess.DEVNULL,
+            preexec_fn=_end_with_parent,
+        )
         self.started[name] = process
 
     def until(self, true, what, seconds=60):

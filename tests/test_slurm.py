@@ -368,7 +368,7 @@ def test_dry_run_full_writes_what_sbatch_needs(stages):
     flags = [*TRAIN, *argv.split(), "--dry_run", "full"]
     done = script(stages, "pretraining/pretrain.py", *flags, HF_TOKEN=CANARY, WANDB_API_KEY=CANARY)
     folder = stages / "results" / "full" / "slurm"
-    for words in ("tensor_model_parallel_size: 2", "resume_ignore_no_checkpoint: true", "sequence_parallel: true"):
+    for words in ("tensor_model_parallel_size: 2", "resume.NewestComplete", "sequence_parallel: true"):
         assert words in done.stdout
     assert (folder / "script.sh").read_text() in done.stdout and f"sbatch {folder / 'script.sh'}" in done.stdout
     assert (folder / "recipe").stat().st_mode & 0o777 == 0o600
