@@ -323,6 +323,8 @@ def resolved(recipe, args):
     if args.recipe is not None:
         given = config.load(args.recipe)
         given.resume = recipe.resume
+        if given.data.tokenizer == given.model.tokenizer:  # one object: NeMo-Run's YAML writes it twice
+            given.data.tokenizer = given.model.tokenizer
         found = config.differences(as_text(recipe), as_text(given))
         rows = [(path, f"{theirs!r}, by the flags {ours!r}") for path, (ours, theirs) in found.items()]
         terminal.describe(f"recipe of {args.config}", rows or [("as the flags make it", "")])

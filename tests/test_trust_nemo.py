@@ -69,11 +69,10 @@ def test_contexts_of_stock_recipes(stages, context, family):
 
 
 def test_contexts_with_stock_callbacks(stages, context):
-    """NeMo's and Lightning's callbacks, loggers, optimizers and schedules, as users set them."""
+    """NeMo's and Lightning's callbacks, optimizers and schedules, as users set them."""
     import nemo.lightning as nl
     import torch
     from lightning.pytorch import callbacks as lightning
-    from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
     from megatron.core.distributed import DistributedDataParallelConfig
     from megatron.core.optimizer import OptimizerConfig
     from nemo.collections import llm
@@ -84,6 +83,7 @@ def test_contexts_with_stock_callbacks(stages, context):
     from nemo.utils.exp_manager import DeltaTimingCallback, TimingCallback
 
     from nemo_tutorial import callbacks as ours
+    from nemo_tutorial import progress
 
     own = [
         GarbageCollectionCallback(10, 10),
@@ -100,10 +100,9 @@ def test_contexts_with_stock_callbacks(stages, context):
         lightning.LearningRateMonitor(),
         lightning.EarlyStopping("val_loss"),
         lightning.Timer(duration="00:04:00:00"),
-        ours.Metrics("metrics.jsonl"),
+        progress.Progress("metrics.jsonl", 1, None, False),
         ours.ExitInterval(5),
     ]
-    strategy = nl.MegatronStrategy(ddp=DistributedDataParallelConfig(), pipeline_dtype=torch.bfloat16)
     model = llm.LlamaModel(
         llm.LlamaConfig(num_layers=1, hidden_size=8, num_attention_heads=1, apply_rope_fusion=False),
         tokenizer=nl.io.load_context(stages / "nemo_ckpt/tiny/context", subpath="model.tokenizer"),
@@ -113,10 +112,9 @@ def test_contexts_with_stock_callbacks(stages, context):
         trainer = nl.Trainer(
             accelerator="cpu",
             devices=1,
-            strategy=strategy,
+            strategy=nl.MegatronStrategy(ddp=DistributedDataParallelConfig(), pipeline_dtype=torch.bfloat16),
             plugins=nl.MegatronMixedPrecision("bf16-mixed"),
             callbacks=[callback],
-            logger=[TensorBoardLogger("tb"), CSVLogger("csv")],
         )
         assert trust.problems(context(trainer, model)) == [], callback
 
