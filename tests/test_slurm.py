@@ -180,7 +180,7 @@ class Run:
         return sum(int(part) * 60**place for place, part in enumerate(reversed(text.strip().split(":"))))
 
 
-STEPS = ["-N", 2, "-T", 2, "--max_steps", 120, "--val_check_interval", 30, "-g", 32]
+STEPS = ["-N", 2, "-T", 2, "--max_steps", 60, "--val_check_interval", 15, "-m", 4]
 
 
 @pytest.fixture(scope="session")
@@ -193,7 +193,7 @@ def undisturbed(stages, cluster):  # noqa: F811
 def equal(run, other):
     """Every loss, and every byte of the last checkpoint's weights."""
     ours, theirs = losses(run.folder, run.name), losses(other.folder, other.name)
-    assert sorted(ours) == list(range(1, 121)) and ours == theirs
+    assert sorted(ours) == list(range(1, 61)) and ours == theirs
     import torch
     from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
@@ -232,7 +232,7 @@ def test_submitting_takes_little_more_than_importing_nemo(stages, cluster):  # n
 def test_three_time_limits(stages, cluster, undisturbed):  # noqa: F811
     """Warned ahead of the limit, saved, requeued, gone on, three times; then bit-equal to the run without a limit."""
     run = Run(stages, cluster, "limits", *STEPS, "--time", "30", "--save_before", 60)
-    for step in (20, 50, 80):
+    for step in (8, 22, 36):
         run.reach(step)
         # The limit comes to the run: within a minute from now, so that the warning is due.
         limit, ends = run.seconds_of_job() // 60 + 1, run.requeued() + 1
@@ -262,7 +262,7 @@ def test_faults(stages, cluster, undisturbed):  # noqa: F811
     cluster.restart("slurmctld")
     cluster.until(lambda: cluster.state(run.job) == "RUNNING", "slurmctld")
     cluster.slurm("scontrol", "update", "NodeName=n2", "State=DRAIN", "Reason=test", check=True)
-    run.reach(saved["step"] + 20)
+    run.reach(saved["step"] + 8)
     assert cluster.state(run.job) == "RUNNING"
     ranks = subprocess.run(["pgrep", "-f", f"{run.name}/slurm/recipe"], capture_output=True, text=True).stdout.split()
     ranks = [pid for pid in ranks if "rank.py" in Path(f"/proc/{pid}/cmdline").read_text() and _is_python(pid)]
@@ -303,7 +303,7 @@ def test_chain(stages, cluster):  # noqa: F811
     cluster.slurm("scontrol", "update", f"JobId={first}", f"TimeLimit={limit}", check=True)
     assert cluster.end(first) == "FAILED"
     assert cluster.end(first + 1) == "COMPLETED" and cluster.end(first + 2) == "COMPLETED"
-    assert sorted(losses(stages, "chain")) == list(range(1, 121))
+    assert sorted(losses(stages, "chain")) == list(range(1, 61))
     history = "\n".join(run.history())
     assert history.count("started on") == 2 and f"job {first + 1}.0 done" in history
 
