@@ -50,6 +50,7 @@ nemo.collections.llm.recipes.tp_overlap_configs.userbuffers ^
 nemo.collections.llm.utils Config Partial
 nemo.lightning.pytorch.trainer Trainer
 nemo.lightning.pytorch.callbacks.* ^
+nemo.lightning.pytorch.callbacks.megatron_comm_overlap _CommOverlapConfig
 nemo.lightning.pytorch.optim.* ^
 nemo.lightning.pytorch.plugins.* ^
 nemo.lightning.pytorch.strategies.* ^
@@ -66,6 +67,7 @@ nemo_tutorial.samples Samples
 nemo_tutorial.tuning_data ^
 lightning.pytorch.callbacks.* ^
 lightning.pytorch.callbacks.progress.* ^
+lightning.pytorch.trainer.states RunningStage TrainerFn TrainerStatus
 lightning.pytorch.loggers.* CSVLogger MLFlowLogger TensorBoardLogger WandbLogger
 megatron.core.distributed.* *Config
 megatron.core.optimizer.* *Config
@@ -96,8 +98,10 @@ nemo_tutorial.samples Samples
 nemo_tutorial.tuning_data ^
 lightning.pytorch.callbacks.* ^
 lightning.pytorch.callbacks.progress.* ^
+lightning.pytorch.trainer.states RunningStage TrainerFn TrainerStatus
 lightning.pytorch.loggers.* CSVLogger MLFlowLogger TensorBoardLogger WandbLogger
 nemo.lightning.pytorch.callbacks.* ^
+nemo.lightning.pytorch.callbacks.megatron_comm_overlap _CommOverlapConfig
 nemo.lightning.pytorch.optim.* ^
 nemo.lightning.pytorch.plugins.* ^
 nemo.utils.exp_manager TimingCallback DeltaTimingCallback
