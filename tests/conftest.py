@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from building import build, tuned_stages  # noqa: F401  fixtures
 from hub_server import here, server  # noqa: F401  fixtures
+from slurm_cluster import cluster  # noqa: F401  a fixture
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = {

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, script
-from slurm_cluster import cluster  # noqa: F401  a fixture
 
 from nemo_tutorial import checkpoints
 
@@ -27,7 +26,7 @@ TRAIN = "--nemo_model nemo_ckpt/tiny --dataset_path data/pre --split 90,10,0 -s 
 TRAIN = (TRAIN + "--precision fp32").split()
 
 
-def pretrain(folder, cluster, name, *flags, check=True, **env):  # noqa: F811
+def pretrain(folder, cluster, name, *flags, check=True, **env):
     env = {"SLURM_CONF": cluster.env["SLURM_CONF"], **env}
     return script(folder, "pretraining/pretrain.py", *MODE, "-E", name, *TRAIN, *flags, check=check, **env)
 
@@ -87,7 +86,7 @@ if any(word.endswith("rank.py") for word in sys.orig_argv) and os.environ.get("S
 """
 
 
-def test_two_nodes_a_token_and_a_hostile_name(stages, cluster, server, tmp_path):  # noqa: F811
+def test_two_nodes_a_token_and_a_hostile_name(stages, cluster, server, tmp_path):
     """TP over two nodes, waited for: done and checked, the network measured, the token used, and nowhere to be read."""
     server.add("lab/private", stages / "hf_model/tiny")
     (tmp_path / "sitecustomize.py").write_text(ASK)
@@ -138,7 +137,7 @@ def test_two_nodes_a_token_and_a_hostile_name(stages, cluster, server, tmp_path)
     assert refused.returncode == 2 and "nothing of" in refused.stderr
 
 
-def test_what_slurm_refuses_is_said_at_once(stages, cluster):  # noqa: F811
+def test_what_slurm_refuses_is_said_at_once(stages, cluster):
     """A partition that is not there, more nodes than there are: exit code 2 with Slurm's words, before NeMo."""
     began = time.monotonic()
     done = pretrain(stages, cluster, "refused", "-G", 1, "--max_steps", 4, "--partition", "no-such", check=False)
@@ -152,7 +151,7 @@ def test_what_slurm_refuses_is_said_at_once(stages, cluster):  # noqa: F811
 class Run:
     """A run of many steps that is submitted once, watched, and disturbed."""
 
-    def __init__(self, folder, cluster, name, *flags):  # noqa: F811
+    def __init__(self, folder, cluster, name, *flags):
         self.folder, self.cluster, self.name = folder, cluster, name
         done = pretrain(folder, cluster, name, "-G", 1, *flags)
         self.job = re.search(r"submitted as job (\d+)", done.stdout).group(1)
@@ -184,7 +183,7 @@ STEPS = ["-N", 2, "-T", 2, "--max_steps", 60, "--val_check_interval", 15, "-m", 
 
 
 @pytest.fixture(scope="session")
-def undisturbed(stages, cluster):  # noqa: F811
+def undisturbed(stages, cluster):
     run = Run(stages, cluster, "undisturbed", *STEPS)
     assert cluster.end(run.job) == "COMPLETED"
     return run
@@ -211,7 +210,7 @@ def equal(run, other):
 
 
 @pytest.mark.full
-def test_submitting_takes_little_more_than_importing_nemo(stages, cluster):  # noqa: F811
+def test_submitting_takes_little_more_than_importing_nemo(stages, cluster):
     """The quickest of three, in turn: from the command to the submitted job, and NeMo's import alone."""
     imported, submitted = [], []
     code = "import nemo_tutorial, nemo_run; from nemo_tutorial import recipes"
@@ -229,7 +228,7 @@ def test_submitting_takes_little_more_than_importing_nemo(stages, cluster):  # n
 
 
 @pytest.mark.full
-def test_three_time_limits(stages, cluster, undisturbed):  # noqa: F811
+def test_three_time_limits(stages, cluster, undisturbed):
     """Warned ahead of the limit, saved, requeued, gone on, three times; then bit-equal to the run without a limit."""
     run = Run(stages, cluster, "limits", *STEPS, "--time", "30", "--save_before", 60)
     for step in (8, 22, 36):
@@ -247,7 +246,7 @@ def test_three_time_limits(stages, cluster, undisturbed):  # noqa: F811
 
 
 @pytest.mark.full
-def test_faults(stages, cluster, undisturbed):  # noqa: F811
+def test_faults(stages, cluster, undisturbed):
     """Asked to stop, slurmctld restarted, a node drained, a rank killed, cancelled: nothing lost, in the end equal."""
     run = Run(stages, cluster, "faults", *STEPS)
 
@@ -294,7 +293,7 @@ def _is_python(pid):
 
 
 @pytest.mark.full
-def test_chain(stages, cluster):  # noqa: F811
+def test_chain(stages, cluster):
     """Three jobs, one after another, where there is no requeueing: the second goes on, the third has nothing to do."""
     run = Run(stages, cluster, "chain", *STEPS, "--chain", 3, "--time", "30", "--save_before", 60)
     first = int(run.job)
@@ -310,7 +309,7 @@ def test_chain(stages, cluster):  # noqa: F811
 
 @pytest.mark.full
 @pytest.mark.parametrize("layout", ["tp2", "dp2"])
-def test_losses_are_those_of_one_node(stages, cluster, layout):  # noqa: F811
+def test_losses_are_those_of_one_node(stages, cluster, layout):
     """Ten steps over two nodes, against one process on this machine: within 1e-3."""
     flags = ["--max_steps", 10, "--val_check_interval", 10]
     if not (stages / "results" / "one_node").exists():
@@ -322,7 +321,7 @@ def test_losses_are_those_of_one_node(stages, cluster, layout):  # noqa: F811
 
 
 @pytest.mark.full
-def test_all_stages(tmp_path, cluster):  # noqa: F811
+def test_all_stages(tmp_path, cluster):
     """slurm/*.sh, chained by all.sh, with the values of a tiny model: a Hugging Face model at the end."""
     work = tmp_path / "work"
     shutil.copytree(ROOT, work, ignore=shutil.ignore_patterns(".venv", ".git", "__pycache__", "results", "quickstart"))

@@ -13,7 +13,6 @@ import time
 
 import pytest
 from conftest import ROOT
-from slurm_cluster import cluster  # noqa: F401  a fixture
 
 from nemo_tutorial import executors, preflight, slurm
 
@@ -40,7 +39,7 @@ while step < steps:
 
 
 @pytest.fixture
-def submit(cluster, tmp_path, monkeypatch, load_script):  # noqa: F811
+def submit(cluster, tmp_path, monkeypatch, load_script):
     """Write and submit a job of two nodes: (its ids, the run's folder)."""
     monkeypatch.chdir(tmp_path)
     for name, value in cluster.env.items():
@@ -67,7 +66,7 @@ def history(run):
     return (run / "slurm" / "history.txt").read_text()
 
 
-def started(cluster, run, times=1):  # noqa: F811
+def started(cluster, run, times=1):
     """Wait until both ranks have begun, for the n-th time."""
     cluster.until(lambda: history(run).count("started on") == times, "the start", 60)
     pids = [run / f"pid.{rank}" for rank in "01"]
@@ -75,12 +74,12 @@ def started(cluster, run, times=1):  # noqa: F811
     time.sleep(1)
 
 
-def limit(cluster, job):  # noqa: F811
+def limit(cluster, job):
     """The time limit comes so near that the warning is due."""
     cluster.slurm("scontrol", "update", f"JobId={job}", "TimeLimit=1", check=True)
 
 
-def test_time_limit_requeue_and_end(submit, cluster):  # noqa: F811
+def test_time_limit_requeue_and_end(submit, cluster):
     (job,), run = submit("limit", "--time", 30, "--save_before", 60)
     started(cluster, run)
     for pid in run.glob("pid.*"):
@@ -96,7 +95,7 @@ def test_time_limit_requeue_and_end(submit, cluster):  # noqa: F811
     print(f"{time.monotonic() - began:.0f} s from the requeueing to the end")
 
 
-def test_failure_stop_and_cancel(submit, cluster):  # noqa: F811
+def test_failure_stop_and_cancel(submit, cluster):
     """A killed rank, a person's wish to stop, a plain scancel: never requeued, and the exit code says what it was."""
     (job,), run = submit("killed")
     started(cluster, run)
@@ -125,7 +124,7 @@ def test_failure_stop_and_cancel(submit, cluster):  # noqa: F811
     assert code == 1 and f"job {job}: " in lines[0]
 
 
-def test_no_progress_ends_the_requeueing(submit, cluster):  # noqa: F811
+def test_no_progress_ends_the_requeueing(submit, cluster):
     (job,), run = submit("stuck", "--time", 30, "--save_before", 60, STUCK=1)
     (run / "record" / "preempted.json").write_text('{"step": 0, "signal": "SIGUSR1"}')
     started(cluster, run)
@@ -134,7 +133,7 @@ def test_no_progress_ends_the_requeueing(submit, cluster):  # noqa: F811
     assert history(run).endswith("failed: no step between two time limits\n")
 
 
-def test_chain(submit, cluster):  # noqa: F811
+def test_chain(submit, cluster):
     """Where there is no requeueing: the second goes on, the third finds it done. After a failure nothing is done."""
     jobs, run = submit("chain", "--chain", 3, "--time", 30, "--save_before", 60)
     started(cluster, run)

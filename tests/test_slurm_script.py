@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, script
-from slurm_cluster import cluster  # noqa: F401  a fixture
 
 from nemo_tutorial import arguments, executors, preflight, slurm
 
@@ -175,7 +174,7 @@ def test_hostile_values_are_quoted_or_refused(flag, parse, here):
     assert quoted >= (0 if flag in ("env", "time") else 3)
 
 
-def test_sbatch_reads_the_values_as_they_are(parse, here, cluster):  # noqa: F811
+def test_sbatch_reads_the_values_as_they_are(parse, here, cluster):
     """What the real sbatch takes from the script: names, comment and log path, letter by letter."""
     for value in HOSTILE:
         args, problems = parse("--accelerator", "cpu", f"--experiment={value}", f"--sbatch_arg=comment={value}")
