@@ -255,12 +255,12 @@ def build_recipe(args, model, source, data):
     recipe.tokenizer = "data"
     recipes.set_parallelism(recipe, args)
     recipes.set_token_loss(recipe)
+    recipes.set_logging(recipe, args, model)  # before the training's, whose callbacks may end a run after a step
     recipes.set_training(recipe, args)
     recipes.set_precision(recipe, args)
     recipes.set_memory(recipe, args, model)
     recipes.set_performance(recipe, args)
     recipes.set_checkpointing(recipe, args, source.restore_from)
-    recipes.set_logging(recipe, args, model)
     return recipe
 
 

@@ -75,6 +75,7 @@ megatron.core.transformer.* *Config
 megatron.core.transformer.enums ^ ^.*
 megatron.core.model_parallel_config ModelParallelConfig
 megatron.core.activations squared_relu quick_gelu
+nemo.collections.llm.fn.activation openai_gelu quick_gelu squared_relu
 megatron.core.fusions.* quick_gelu
 transformer_engine.common.recipe ^
 """

@@ -84,12 +84,12 @@ def build_recipe(args, model, source, blend):
         index_mapping_dir=str(blends.index_folder(blend, args).absolute()),
     )
     recipes.set_parallelism(recipe, args)
+    recipes.set_logging(recipe, args, model)  # before the training's, whose callbacks may end a run after a step
     recipes.set_training(recipe, args)
     recipes.set_precision(recipe, args)
     recipes.set_memory(recipe, args, model)
     recipes.set_performance(recipe, args)
     recipes.set_checkpointing(recipe, args, source.restore_from)
-    recipes.set_logging(recipe, args, model)
     return recipe
 
 
