@@ -75,6 +75,7 @@ def same(steps, others):
             assert line[name] == pytest.approx(others[step][name], rel=1e-5, abs=1e-6), (step, name)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("words", ["--recompute full", "--recompute selective"], ids=str)
 def test_recomputation_changes_no_number(stages, plain, words):
     same(train(stages, f"options_{words.split()[1]}", f"--max_steps 6 --lr 6e-3 {words}")[0], plain[0])

@@ -207,6 +207,7 @@ def test_mlflow_in_a_folder(mlflow, tmp_path):
     assert values[0][2::3] == ["0", "1", "2"] * 2
 
 
+@pytest.mark.full
 @pytest.mark.nemo
 def test_mlflow_without_its_server(mlflow, tmp_path):
     """A port where nobody listens: one warning, and on."""

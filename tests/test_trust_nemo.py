@@ -68,6 +68,7 @@ def test_contexts_of_stock_recipes(stages, context, family):
         assert trust.problems(context(trainer, model, parts["data"])) == []
 
 
+@pytest.mark.full
 def test_contexts_with_stock_callbacks(stages, context):
     """NeMo's and Lightning's callbacks, optimizers and schedules, as users set them."""
     import nemo.lightning as nl
