@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import secrets
+import select
 import selectors
 import socket
 import time
@@ -175,14 +176,15 @@ def _is_me(server, selector, known, own, address, port, hello):
     wrong = f"node 0 ({hello['host']}): MASTER_ADDR={address} is not this node's address, but its NODE_RANK is 0"
     try:
         with socket.create_connection((address, port), timeout=10) as connection:
-            selector.select(timeout=1)
-            server.settimeout(1)
-            try:
-                _accept(server, selector, known, own)
-            except TimeoutError:
-                return [f"{wrong}; another node answers there, so two have NODE_RANK=0, or the address is another's"]
-            finally:
-                server.settimeout(None)
+            ready = []
+            while connection not in ready:
+                if server in ready:  # other nodes may have come first
+                    _accept(server, selector, known, own)
+                ready = select.select([connection, server], [], [], 1)[0]
+                if not ready:
+                    return [
+                        f"{wrong}; another node answers there, so two have NODE_RANK=0, or the address is another's"
+                    ]
             if Lines(connection).wait(time.monotonic() + 5).get("run") != own:
                 return [f"{wrong}; another node answers there, so two have NODE_RANK=0"]
     except (OSError, ValueError) as error:
