@@ -1,7 +1,7 @@
 """Text to token ids: Hugging Face's tokenizer as the reference, and the fastest library that gives the same ids.
 
-Compared were `tokenizers`, `gigatoken`, `fastokens` and `tiktoken` (benchmarks/README.md). fastokens is the choice: as
-fast as gigatoken, with a cache that stops growing, and without gigatoken's other ids for the newest Unicode letters.
+Compared were `tokenizers`, `gigatoken`, `fastokens` and `tiktoken` (benchmarks/README.md). fastokens is the choice: the
+fastest, with a cache that stops growing, and without gigatoken's other ids for the newest Unicode letters.
 """
 
 import hashlib
