@@ -22,9 +22,6 @@ from nemo_tutorial import checkpoints, conversion, models, terminal, weights
 
 A, B, MAGNITUDE = "linear_in.weight", "linear_out.weight", "weight_magnitude"  # NeMo's names
 PEFT = {A: "lora_A.weight", B: "lora_B.weight", MAGNITUDE: "lora_magnitude_vector"}
-LINEAR = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")  # what NeMo adapts
-# NeMo's Gemma 2 has a norm of the output inside these layers, and adds what the adapter says after that norm.
-NORM_INSIDE = {"Gemma2ForCausalLM": ("linear_proj", "linear_fc2")}
 
 
 class Adapter:
@@ -52,7 +49,7 @@ class Adapter:
                 "of linear_proj and linear_fc2 for those of the whole, which no change of their weights does; "
                 "train it with --tensor_model_parallel_size 1"
             )
-        inside = NORM_INSIDE.get(self.family.architecture, ())
+        inside = models.NORM_INSIDE.get(self.family.architecture, ())
         bad = sorted({layer.rpartition(".")[2] for layer in self.layers if layer.endswith(inside)} if inside else ())
         if bad:
             raise ValueError(

@@ -20,7 +20,7 @@ import torch
 from lightning.pytorch import Callback
 from nemo.lightning import megatron_init
 
-from nemo_tutorial import faults, retention
+from nemo_tutorial import checkpoints, faults, retention
 
 
 class ExitInterval(Callback):
@@ -100,9 +100,7 @@ class Preemption(Callback):
         if trainer.is_global_zero:
             # Before any rank leaves: whoever sees one gone ends the others.
             values = {"step": trainer.global_step, "signal": signal.Signals(number).name, "checkpoint": checkpoint}
-            partial = self.marker.with_name(f".{self.marker.name}.partial")
-            partial.write_text(json.dumps(values), encoding="utf-8")
-            os.replace(partial, self.marker)
+            checkpoints.write_whole(self.marker, json.dumps(values))
             print(f"{values['signal']}: stopped after step {values['step']}; checkpoint: {checkpoint}", flush=True)
         torch.distributed.barrier(self.group)
         for other in self.SIGNALS:
@@ -182,7 +180,7 @@ def write_failure(folder, trainer, kind, message):
     partial = Path(folder, f".failure.{trainer.global_rank}.partial")
     try:
         partial.write_text(json.dumps(values, ensure_ascii=False), encoding="utf-8")
-        os.link(partial, Path(folder, "failure.json"))
+        os.link(partial, Path(folder, faults.FAILURE))
     except OSError:  # another rank was first, or the disk is full
         pass
     finally:

@@ -244,6 +244,16 @@ def published(output, overwrite=False):
             shutil.rmtree(staging, ignore_errors=True)
 
 
+def write_whole(file, text, mode=0o666):
+    """Write a text file whole or not at all, in the place of an older one. `mode` is a new file's, as in os.open."""
+    file = Path(file)
+    partial = file.with_name(f".{file.name}.partial")
+    partial.unlink(missing_ok=True)  # of a process that was killed, perhaps with another mode
+    with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "w", encoding="utf-8") as written:
+        written.write(text)
+    os.replace(partial, file)
+
+
 @contextlib.contextmanager
 def published_file(output):
     """Give a binary file beside `output` to write to; it takes its place if the block succeeds, else it is removed.

@@ -182,8 +182,9 @@ def launch_text(recipe, args, name):
 def status(run):
     """Print what became of a run: its jobs or its launcher, its steps, its checkpoint. Returns an exit code."""
     rows = []
-    known = slurm.states(slurm.jobs(run))
-    for number in slurm.jobs(run):
+    numbers = slurm.jobs(run)
+    known = slurm.states(numbers)
+    for number in numbers:
         state, word = known.get(number, {}), slurm.last_word(run, number)
         shown = [state.get("JobState"), state.get("Reason") if state.get("JobState") == "PENDING" else None]
         if state.get("JobState") == "RUNNING":
@@ -205,9 +206,8 @@ def status(run):
 
 def launcher(run):
     """The last local launcher of a run: {"pid", "host", "state"}, or None."""
-    try:
-        found = json.loads((run / "record" / "launcher.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    found = faults.read(run, "launcher.json")
+    if found is None:
         return None
     if found["host"] != os.uname().nodename:
         return {**found, "state": "maybe running: ask there"}

@@ -1,6 +1,6 @@
 """What a run's folder says about how it ended, and what a run that goes on may not change. Nothing heavy is imported.
 
-record/run.json has every start's flags and data, record/preempted.json and record/failure.json the last one's end.
+record/run.json has every start's flags and data; preempted.json, failure.json and early_stop.json the last one's end.
 """
 
 import fcntl
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from nemo_tutorial import checkpoints, schedule
 
-PREEMPTED, FAILURE, LOCK = "preempted.json", "failure.json", ".training"
+PREEMPTED, FAILURE, EARLY_STOP, LOCK = "preempted.json", "failure.json", "early_stop.json", ".training"
 # What a run that goes on must share with its last start, as far as flags say it. Layouts and batches a GPU may differ.
 DATA = (
     "dataset_path split seq_length global_batch_size seed prompt_template system_prompt packing packed_sequence_size "
@@ -33,7 +33,7 @@ def read(run, name):
 
 def clear(run):
     """Remove what an earlier start wrote about its end."""
-    for name in (PREEMPTED, FAILURE):
+    for name in (PREEMPTED, FAILURE, EARLY_STOP):
         (Path(run) / "record" / name).unlink(missing_ok=True)
 
 

@@ -8,6 +8,8 @@ outside of that is in RESERVE. benchmarks/README.md holds the numbers against me
 
 from dataclasses import dataclass
 
+from nemo_tutorial import models
+
 GIB = 2**30
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1}
 # Bytes a logit beyond the logits themselves, while the loss is computed.
@@ -19,7 +21,7 @@ LOSS = {"te": 0, "native": 8, "unfused": 4}
 RESERVE = {"context": 0.7 * GIB, "communication": 0.5 * GIB, "fragmentation": 0.04}
 STATISTICS = 4  # bytes a token and head that fused attention keeps for its backward pass (the log of the sum)
 FP32_SCORES = 8  # bytes a score: attention in fp32 is not fused, and keeps its scores and probabilities
-TARGETS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")  # the layers that an adapter may change
+ATTENTION = ("linear_qkv", "linear_proj")  # of a layer's linear layers, those that experts do not have
 MODULES = ("core_attn", "mlp", "moe", "moe_act")  # Megatron's, of those that our models have
 
 
@@ -57,8 +59,8 @@ def adapter_targets(args, model):
     """The layers that --peft adapts: those named, else all that the family's adapters can be merged from."""
     if not args.peft:
         return ()
-    inside = ("linear_proj", "linear_fc2") if model.family.alternating else ()  # Gemma 2: norms follow these
-    return tuple(args.lora_target_modules or (name for name in TARGETS if name not in inside))
+    inside = models.NORM_INSIDE.get(model.family.architecture, ())
+    return tuple(args.lora_target_modules or (name for name in models.LINEAR if name not in inside))
 
 
 def recomputed_modules(args, model):
@@ -91,7 +93,7 @@ def _layer_parameters(model, args):
     """Parameters of a layer on a GPU: (those in linear layers of attention and MLP, those of experts, the others)."""
     tp, linears = args.tensor_model_parallel_size, _linears(model)
     norms = model.hidden_size * (4 if model.family.alternating else 2)
-    dense = sum(a * b for name, (a, b) in linears.items() if name in TARGETS[:2] or not model.num_experts) / tp
+    dense = sum(a * b for name, (a, b) in linears.items() if name in ATTENTION or not model.num_experts) / tp
     if not model.num_experts:
         return dense, 0, norms
     shared = args.expert_model_parallel_size * _expert_tensor_size(args)
@@ -182,7 +184,9 @@ def _layer(model, args, recomputed=()):
     queries, qkv, up = linears["linear_proj"][0], linears["linear_qkv"][1], linears["linear_fc1"][1]
     # What a linear layer keeps of its input, for the gradient of its weight: nothing if that is frozen and has no
     # adapter; FP8 keeps 1 byte a value, but an adapter wants its input in bf16.
-    kept = {name: e * (not frozen or name in adapted) * (0.5 if args.fp8 and not frozen else 1) for name in TARGETS}
+    kept = {
+        name: e * (not frozen or name in adapted) * (0.5 if args.fp8 and not frozen else 1) for name in models.LINEAR
+    }
     attention = hidden + kept["linear_qkv"] * model.hidden_size / split  # the norm's input and its output
     attention += e * (qkv + queries) / tp  # queries, keys, values; the output, which is linear_proj's input
     attention += queries / tp if args.fp8 and not frozen else 0  # ... and once more in FP8
@@ -242,7 +246,7 @@ def _activations(model, args, stage, replicas):
         under_way = min(micro_batches, pp - stage)
     held = under_way * kept * tokens
     # The backward pass of the last layer: what is recomputed for it, gradients of its inner values, of one weight.
-    widest = max(a * b for name, (a, b) in _linears(model).items() if name in TARGETS[:2] or not model.num_experts)
+    widest = max(a * b for name, (a, b) in _linears(model).items() if name in ATTENTION or not model.num_experts)
     inner = model.intermediate_size * (3 if model.family.gated else 2) if not model.num_experts else 0
     weight = 0 if args.peft else e * widest / tp
     peaks = [held + (unit + e * inner / tp + entry) * tokens + weight]

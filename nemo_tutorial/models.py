@@ -24,6 +24,11 @@ class Family:
     defaults: dict = field(default_factory=dict)  # what transformers takes where config.json says nothing
 
 
+# Megatron's linear layers of a decoder layer, those that an adapter may change.
+LINEAR = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
+# NeMo's Gemma 2 has a norm of the output inside these layers, and adds what the adapter says after that norm.
+NORM_INSIDE = {"Gemma2ForCausalLM": ("linear_proj", "linear_fc2")}
+
 FAMILIES = [
     Family(
         "LlamaForCausalLM",

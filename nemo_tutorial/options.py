@@ -3,7 +3,7 @@
 A flag that would change nothing is refused, with what it needs.
 """
 
-from nemo_tutorial import arguments, memory, preflight, schedule
+from nemo_tutorial import arguments, memory, models, preflight, schedule
 
 OPTIMIZER_DTYPES = {  # Megatron's names and what Transformer Engine's Adam takes
     "exp_avg_dtype": ("fp32", "bf16", "fp16", "fp8"),
@@ -101,9 +101,9 @@ def add_adapters(parser):
     group.add_argument(
         "--lora_target_modules",
         nargs="+",
-        choices=memory.TARGETS,
+        choices=models.LINEAR,
         metavar="LAYER",
-        help=f"of {', '.join(memory.TARGETS)} [all that can be merged]",
+        help=f"of {', '.join(models.LINEAR)} [all that can be merged]",
     )
 
 
@@ -229,7 +229,7 @@ def _adapters(args, model):
                 found.append(f"--{name} {value} has no effect without --peft lora or dora; add it")
         return found
     for name in args.lora_target_modules or () if model else ():
-        if model.family.alternating and name in ("linear_proj", "linear_fc2"):
+        if name in models.NORM_INSIDE.get(model.family.architecture, ()):
             found.append(
                 f"--lora_target_modules {name}: NeMo's {model.family.nemo_model} has a norm behind that layer, so the "
                 "adapter could not be merged; use linear_qkv linear_fc1"

@@ -76,8 +76,10 @@ def fitting(args, model, limit):
         changed = argparse.Namespace(**vars(args) | change)
         if changed.sequence_parallel is None or "tensor_model_parallel_size" in change:
             changed.sequence_parallel = changed.tensor_model_parallel_size > 1
-        if _possible(changed, model) and memory.estimate(model, changed).total <= limit * memory.GIB:
-            return f"{_words(change)} ({gib(memory.estimate(model, changed).total)})"
+        if _possible(changed, model):
+            total = memory.estimate(model, changed).total
+            if total <= limit * memory.GIB:
+                return f"{_words(change)} ({gib(total)})"
     return None
 
 

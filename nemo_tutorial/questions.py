@@ -1,10 +1,9 @@
 """The prompts of --generate_prompts: read, checked, and turned into tokens before a run starts."""
 
 import json
-import os
 from pathlib import Path
 
-from nemo_tutorial import preflight, prompts
+from nemo_tutorial import checkpoints, preflight, prompts
 
 LIMIT = 32  # prompts: each costs as many forward passes as --generate_tokens, at each validation
 
@@ -83,6 +82,4 @@ def write(args, stage, folder, tokenizer_folder):
             )
         prompt["tokens"] = ids
     content = {"ends": sorted({end for end in ends if end is not None}), "prompts": asked}
-    partial = folder / "record" / ".prompts.json.partial"
-    partial.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
-    os.replace(partial, folder / "record" / "prompts.json")
+    checkpoints.write_whole(folder / "record" / "prompts.json", json.dumps(content, ensure_ascii=False))

@@ -16,6 +16,7 @@ from nemo_tutorial import (
     config,
     conversion,
     cpu,
+    faults,
     hooks,
     loggers,
     memory,
@@ -153,7 +154,7 @@ def set_training(recipe, args):
     if args.exit_interval:
         own.append(run.Config(callbacks.ExitInterval, args.exit_interval))
     if args.early_stopping_patience:
-        own.append(run.Config(hooks.EarlyStop, args.early_stopping_patience, str(record / "early_stop.json")))
+        own.append(run.Config(hooks.EarlyStop, args.early_stopping_patience, str(record / faults.EARLY_STOP)))
     if args.save_interval and args.save_interval != args.val_check_interval:
         own.append(run.Config(hooks.SaveInterval, args.save_interval))
     if args.recompute == "full" and args.peft:
@@ -167,7 +168,7 @@ def set_training(recipe, args):
         run.Config(callbacks.RandomState, args.seed),
         run.Config(callbacks.Heartbeat, str(record), args.hang_timeout),
         run.Config(callbacks.LossGuard, str(record), args.max_loss_spike),
-        run.Config(callbacks.Preemption, str(record / "preempted.json")),
+        run.Config(callbacks.Preemption, str(record / faults.PREEMPTED)),
     ]
     trainer.callbacks = [*(trainer.callbacks or []), *own]
 

@@ -11,7 +11,6 @@ are compared in a table, and on one page if --output_path names it.
 
 import json
 import math
-import os
 import shlex
 import subprocess
 import sys
@@ -146,7 +145,9 @@ def lineage(run, history):
 def keep_lineage(run, history):
     """Write record/lineage.json, when a run starts for the first time."""
     if not (run / "record" / "lineage.json").is_file():
-        _publish(run / "record" / "lineage.json", json.dumps(lineage(run, history), ensure_ascii=False, indent=1))
+        checkpoints.write_whole(
+            run / "record" / "lineage.json", json.dumps(lineage(run, history), ensure_ascii=False, indent=1)
+        )
 
 
 def summary(run, result=None):
@@ -207,7 +208,7 @@ def write(run, result=None):
     found = summary(run, result)
     # JSON knows no NaN: a reader in another language would stop at it.
     text = json.dumps(_finite(found), indent=1, ensure_ascii=False, allow_nan=False)
-    _publish(run / "summary.json", text)
+    checkpoints.write_whole(run / "summary.json", text)
     try:
         recipe = (run / "record" / "config.yaml").read_text(encoding="utf-8")
     except OSError:
@@ -215,7 +216,7 @@ def write(run, result=None):
     from nemo_tutorial import page  # not needed by a run's start
 
     training, validation = metrics.steps(metrics.read(run))
-    _publish(run / "report.html", page.run(found, training, validation, samples(run), recipe))
+    checkpoints.write_whole(run / "report.html", page.run(found, training, validation, samples(run), recipe))
     return found
 
 
@@ -235,12 +236,6 @@ def _finite(value):
     if isinstance(value, (list, tuple)):
         return [_finite(one) for one in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _publish(file, text):
-    partial = file.with_name(f".{file.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, file)
 
 
 # Name in the table, the summary's field, how it is written.
@@ -303,7 +298,7 @@ def main(argv=None):
 
         curves = [metrics.steps(metrics.read(run)) for run in args.runs]
         table = (["run", *(name for name, _, _ in COLUMNS)], rows)
-        _publish(Path(args.output_path), page.comparison(found, curves, table, different))
+        checkpoints.write_whole(Path(args.output_path), page.comparison(found, curves, table, different))
         print(f"\nwritten: {args.output_path}")
 
 

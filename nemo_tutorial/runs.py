@@ -81,10 +81,7 @@ def folder(args):
 def record(run):
     """What `start` wrote about a run when it began, or {}."""
     # In a folder of its own: NeMo moves the files beside checkpoints/ away when a run goes on.
-    try:
-        return json.loads((run / "record" / "run.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
+    return faults.read(run, "run.json") or {}
 
 
 def stages(checkpoint):
@@ -460,7 +457,6 @@ def start(args, stage, source, build_recipe, prepare=None):
             terminal.fail([str(error)])
     history = record(run)
     (run / "record" / "config.yaml").write_text(written, encoding="utf-8")
-    (run / "record" / "early_stop.json").unlink(missing_ok=True)
     hidden = ("recipe", "written")  # these are in config.yaml
     kept = {name: value for name, value in vars(args).items() if not name.endswith("_token") and name not in hidden}
     data = kept.pop("data_files", None)
@@ -480,9 +476,8 @@ def start(args, stage, source, build_recipe, prepare=None):
     }
     if first:
         report.keep_lineage(run, history)
-        partial = run / "record" / ".run.json.partial"
-        partial.write_text(json.dumps(history, indent=1, ensure_ascii=False), encoding="utf-8")
-        os.replace(partial, run / "record" / "run.json")
+        text = json.dumps(history, indent=1, ensure_ascii=False)
+        checkpoints.write_whole(run / "record" / "run.json", text)
     code, lines = _until_done(recipe, args, stage, source)
     last = checkpoints.latest(run)
     words = {0: "done", 2: "nothing was started", 130: "interrupted", 143: "stopped by a signal"}
@@ -562,14 +557,6 @@ def _check_content(checkpoint):
     terminal.describe("checked", [("checkpoint", f"{terminal.gigabytes(size)} as written, in {seconds:.0f} s")])
 
 
-def _early_stop(run):
-    """What hooks.EarlyStop left behind, or None."""
-    try:
-        return json.loads((run / "record" / "early_stop.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-
-
 def _check_end(args, source, last):
     """The job says it succeeded: is the checkpoint of the step it had to reach there, and whole?"""
     begun = checkpoints.step(source.resume_from) if source.resume_from else 0
@@ -577,7 +564,7 @@ def _check_end(args, source, last):
     if args.exit_interval:
         target = min(target, (begun // args.exit_interval + 1) * args.exit_interval)
     reached = checkpoints.step(last) if last else 0
-    stopped = _early_stop(folder(args))
+    stopped = faults.read(folder(args), faults.EARLY_STOP)
     if stopped and reached >= stopped["step"]:
         words = f"validation loss {stopped['last']:.4g}, best {stopped['best']:.4g}"
         return 0, [f"stopped early at step {stopped['step']}: --early_stopping_patience, {words}"]

@@ -13,7 +13,7 @@ import sys
 import time
 from pathlib import Path
 
-from nemo_tutorial import faults, terminal
+from nemo_tutorial import checkpoints, faults, terminal
 
 ROOT = Path(__file__).resolve().parents[1]
 CONTAINERS = ("pyxis", "apptainer", "none")
@@ -380,24 +380,15 @@ def script(args, stage, environment):
     )
 
 
-def _private(path, text):
-    """Write a file that only its owner can read, whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.unlink(missing_ok=True)
-    with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
-        file.write(text)
-    os.replace(partial, path)
-
-
 def write(args, stage, environment, recipe=None):
     """Write the job's files and return the script's path; without a recipe, only the script."""
     target = folder(args)
     target.mkdir(parents=True, exist_ok=True, mode=0o700)
     target.chmod(0o700)
     (target / "history.txt").touch(mode=0o600)
-    _private(target / "script.sh", script(args, stage, environment))
+    checkpoints.write_whole(target / "script.sh", script(args, stage, environment), mode=0o600)
     if recipe is not None:
-        _private(target / "recipe", recipe)
+        checkpoints.write_whole(target / "recipe", recipe, mode=0o600)
         # A copy: what is pulled or edited while the job waits does not change it.
         shutil.rmtree(target / "code", ignore_errors=True)
         ignore = shutil.ignore_patterns("__pycache__")

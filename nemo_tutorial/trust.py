@@ -49,35 +49,17 @@ nemo.collections.llm.peft.* CanonicalLoRA DoRA LoRA LoRAMerge ModuleMatcher
 nemo.collections.llm.recipes.tp_overlap_configs.userbuffers ^
 nemo.collections.llm.utils Config Partial
 nemo.lightning.pytorch.trainer Trainer
-nemo.lightning.pytorch.callbacks.* ^
-nemo.lightning.pytorch.callbacks.megatron_comm_overlap _CommOverlapConfig
-nemo.lightning.pytorch.optim.* ^
-nemo.lightning.pytorch.plugins.* ^
 nemo.lightning.pytorch.strategies.* ^
 nemo.lightning.nemo_logger NeMoLogger
 nemo.lightning.resume AutoResume
 nemo.lightning.one_logger_callback OneLoggerNeMoCallback
-nemo.utils.exp_manager TimingCallback DeltaTimingCallback
-nemo_tutorial.callbacks ^
-nemo_tutorial.hooks ^
-nemo_tutorial.loggers MLflow WeightsAndBiases
-nemo_tutorial.network_check NetworkCheck
-nemo_tutorial.progress Progress
-nemo_tutorial.samples Samples
-nemo_tutorial.tuning_data ^
-lightning.pytorch.callbacks.* ^
-lightning.pytorch.callbacks.progress.* ^
-lightning.pytorch.trainer.states RunningStage TrainerFn TrainerStatus
-lightning.pytorch.loggers.* CSVLogger MLFlowLogger TensorBoardLogger WandbLogger
 megatron.core.distributed.* *Config
-megatron.core.optimizer.* *Config
 megatron.core.transformer.* *Config
 megatron.core.transformer.enums ^ ^.*
 megatron.core.model_parallel_config ModelParallelConfig
 megatron.core.activations squared_relu quick_gelu
 nemo.collections.llm.fn.activation openai_gelu quick_gelu squared_relu
 megatron.core.fusions.* quick_gelu
-transformer_engine.common.recipe ^
 """
 # What a pickle may name. Each is a class that keeps its arguments, or rebuilds a tensor or an array from bytes.
 PICKLED = """
@@ -90,22 +72,6 @@ datetime datetime date timedelta timezone
 pathlib Path PosixPath PurePosixPath
 pathlib._local Path PosixPath PurePosixPath
 signal Signals Handlers
-nemo_tutorial.callbacks ^
-nemo_tutorial.hooks ^
-nemo_tutorial.loggers MLflow WeightsAndBiases
-nemo_tutorial.network_check NetworkCheck
-nemo_tutorial.progress Progress
-nemo_tutorial.samples Samples
-nemo_tutorial.tuning_data ^
-lightning.pytorch.callbacks.* ^
-lightning.pytorch.callbacks.progress.* ^
-lightning.pytorch.trainer.states RunningStage TrainerFn TrainerStatus
-lightning.pytorch.loggers.* CSVLogger MLFlowLogger TensorBoardLogger WandbLogger
-nemo.lightning.pytorch.callbacks.* ^
-nemo.lightning.pytorch.callbacks.megatron_comm_overlap _CommOverlapConfig
-nemo.lightning.pytorch.optim.* ^
-nemo.lightning.pytorch.plugins.* ^
-nemo.utils.exp_manager TimingCallback DeltaTimingCallback
 nemo.utils.timers NamedTimer
 numpy dtype ndarray float* int* uint* bool_
 numpy.core.multiarray _reconstruct scalar
@@ -122,8 +88,27 @@ megatron.core.dist_checkpointing.strategies.torch MCoreMetadata MCoreSavePlan
 megatron.core.transformer.enums ^
 megatron.core.enums ^
 megatron.core.rerun_state_machine ^
-megatron.core.optimizer.* *Config
 lightning.fabric.utilities.data AttributeDict
+"""
+# What either may name: callbacks, loggers, schedules and settings, ours and stock ones.
+BOTH = """
+nemo.lightning.pytorch.callbacks.* ^
+nemo.lightning.pytorch.callbacks.megatron_comm_overlap _CommOverlapConfig
+nemo.lightning.pytorch.optim.* ^
+nemo.lightning.pytorch.plugins.* ^
+nemo.utils.exp_manager TimingCallback DeltaTimingCallback
+nemo_tutorial.callbacks ^
+nemo_tutorial.hooks ^
+nemo_tutorial.loggers MLflow WeightsAndBiases
+nemo_tutorial.network_check NetworkCheck
+nemo_tutorial.progress Progress
+nemo_tutorial.samples Samples
+nemo_tutorial.tuning_data ^
+lightning.pytorch.callbacks.* ^
+lightning.pytorch.callbacks.progress.* ^
+lightning.pytorch.trainer.states RunningStage TrainerFn TrainerStatus
+lightning.pytorch.loggers.* CSVLogger MLFlowLogger TensorBoardLogger WandbLogger
+megatron.core.optimizer.* *Config
 transformer_engine.common.recipe ^
 """
 # Read as pickles whatever they begin with. Other files are so only if they begin as one, or io.json names them.
@@ -155,7 +140,7 @@ class Names:
     """A list as above: whether a (module, name) is on it."""
 
     def __init__(self, table):
-        self.lines = [line.split() for line in table.strip().split("\n")]
+        self.lines = [line.split() for line in table.split("\n") if line]
         self.rules = []
 
     def __contains__(self, pair):
@@ -169,7 +154,7 @@ def _pattern(words):
     return re.compile("|".join(words), re.ASCII)
 
 
-CONFIGS, PICKLED = Names(CONFIGS), Names(PICKLED)
+CONFIGS, PICKLED = Names(BOTH + CONFIGS), Names(BOTH + PICKLED)
 
 
 def refusals(flag, checkpoint, trusted):

@@ -68,7 +68,7 @@ def adapted(stages, tmp_path):
     """adapted(case, scheme): (Hugging Face folder, NeMo checkpoint, adapter, prompt, logits before, after)."""
     import torch
 
-    from nemo_tutorial import adapters, conversion
+    from nemo_tutorial import conversion
 
     def make(case, kind, **fields):
         from nemo.collections.llm import peft
@@ -79,8 +79,8 @@ def adapted(stages, tmp_path):
         conversion.import_model(source, models.from_hf(source), base)
         checkpoints.write_manifest(base, folder=str(source))
         tokens = torch.randint(3, 2000, (1, 24), generator=torch.Generator().manual_seed(3))
-        inside = adapters.NORM_INSIDE.get(f"{family}ForCausalLM", ())
-        targets = [name for name in adapters.LINEAR if name not in inside]
+        inside = models.NORM_INSIDE.get(f"{family}ForCausalLM", ())
+        targets = [name for name in models.LINEAR if name not in inside]
         scheme = getattr(peft, kind)(dim=4, alpha=12, target_modules=targets)
         before, after = make_adapter(base, adapter, scheme, tokens)
         return source, base, adapter, tokens, before, after
@@ -165,7 +165,7 @@ def test_other_adapters_are_refused(adapted, tmp_path, monkeypatch):
     from nemo_tutorial import adapters
 
     _, base, adapter, *_ = adapted("llama3", "LoRA")
-    monkeypatch.setitem(adapters.NORM_INSIDE, "LlamaForCausalLM", ("linear_proj", "linear_fc2"))
+    monkeypatch.setitem(models.NORM_INSIDE, "LlamaForCausalLM", ("linear_proj", "linear_fc2"))
     with pytest.raises(ValueError, match="adapts linear_fc2, linear_proj"):
         adapters.Adapter(adapter)
     monkeypatch.undo()
