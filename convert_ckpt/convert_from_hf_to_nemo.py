@@ -91,7 +91,8 @@ def main(argv=None):
     try:
         with checkpoints.published(args.output_path, args.overwrite) as partial:
             conversion.import_model(folder, model, partial)
-            conversion.settle(partial)
+            if args.verify != "none":
+                conversion.settle(partial)
             with ThreadPoolExecutor(1) as pool:  # hashed while it is read to be verified
                 files = pool.submit(checkpoints.fingerprints, partial)
                 rows += conversion.verify(partial, folder, args.verify)

@@ -9,6 +9,7 @@ import nemo_tutorial.cpu  # noqa: F401  (before NeMo: without a GPU, conversion 
 # isort: split
 import contextlib
 import functools
+import gc
 import json
 import math
 import os
@@ -172,6 +173,7 @@ def write_nemo(connector, model, trainer, tensor, output, what):
         make = weights.writer(parameters, tensor, progress)
         trainer.strategy.unwrapped_checkpoint_io._save_sharded_strategy = weights.Streamed(make)
         connector.nemo_save(output, trainer)
+    gc.freeze()  # NeMo's teardown looks at every object that Python knows of
     trainer.strategy._lightning_module = None  # on a GPU's machine it is without values: nothing to move
     teardown(trainer, model)
 

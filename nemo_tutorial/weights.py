@@ -11,9 +11,10 @@ import json
 import os
 import re
 import struct
+import threading
 import zipfile
 import zlib
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -380,7 +381,7 @@ class Streamed(megatron_format.TorchDistSaveShardedStrategy):
         try:
             dcp.save(
                 megatron_format.mcore_to_pyt_state_dict(named, False),
-                storage_writer=dcp.FileSystemWriter(checkpoint_dir, single_file_per_rank=True, thread_count=1),
+                storage_writer=_Writer(checkpoint_dir, single_file_per_rank=True, thread_count=4),
                 planner=_Planner(self.make),
             )
         except CheckpointException as error:  # hides the cause, a full disk perhaps, and is no Exception
@@ -390,12 +391,33 @@ class Streamed(megatron_format.TorchDistSaveShardedStrategy):
             raise cause from None
 
 
+class _Writer(dcp.FileSystemWriter):
+    """torch's, with threads of which the first failure ends all: its own lose what goes wrong in them."""
+
+    def _write_data(self, planner, file_queue):
+        write, threads, self.thread_count = super()._write_data, self.thread_count, 1
+        with ThreadPoolExecutor(threads) as pool:
+            parts = [pool.submit(write, planner, file_queue) for _ in range(threads)]
+            try:
+                results = [result for part in as_completed(parts) for result in part.result().value()]
+            except BaseException as error:
+                planner.failure = error
+                raise
+        written = torch.futures.Future()
+        written.set_result(results)
+        return written
+
+
 class _Planner(megatron_format.MCoreSavePlanner):
+    failure = None  # of one of the threads
+
     def __init__(self, make):
         super().__init__(dedup_replicated_tensors=False, flatten_state_dict=False)
         self.make = make
 
     def resolve_data(self, write_item):
+        if self.failure:
+            raise self.failure
         value = self.lookup_object(write_item.index)
         return self.make(value) if isinstance(value, torch.Tensor) else super().resolve_data(write_item)
 
@@ -406,16 +428,22 @@ def writer(parameters, tensor, progress):
     `tensor` gives one with values, by its NeMo name.
     """
     names = {parameter.untyped_storage()._cdata: name for name, parameter in parameters.items()}
-    last = (None, None)  # a gated MLP's two halves are written one after the other
+    lock, begun = threading.Lock(), {}  # a gated MLP's two halves are written by two threads, and made once
 
     def make(part):
-        nonlocal last
-        name = names[part.untyped_storage()._cdata]
-        if last[0] != name:
-            last = (None, None)  # before the next one is made
-            last = (name, tensor(name).contiguous())
-        progress(part.numel() * part.dtype.itemsize)
-        return last[1].as_strided(part.size(), part.stride(), part.storage_offset())
+        name, size = names[part.untyped_storage()._cdata], part.numel() * part.dtype.itemsize
+        with lock:
+            progress(size)
+            future, left = begun.pop(name, (None, parameters[name].numel() * part.dtype.itemsize))
+            mine, future = future is None, future or Future()
+            if left > size:
+                begun[name] = future, left - size
+        if mine:
+            try:
+                future.set_result(tensor(name).contiguous())
+            except BaseException as error:
+                future.set_exception(error)
+        return future.result().as_strided(part.size(), part.stride(), part.storage_offset())
 
     return make
 
