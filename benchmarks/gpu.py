@@ -153,7 +153,7 @@ ROWS = {
     # What our own callbacks cost.
     "callbacks": (
         {"model": "1b", "kind": "pretrain", "seq": 4096, "gbs": 8, "steps": 40, "warmup": 4},
-        ("ours", "ours+no_metrics", "ours seed 2", "ours+no_metrics seed 2"),
+        ("ours", "ours+no_callbacks", "ours+no_progress", "ours+no_guard", "ours seed 2", "ours+no_callbacks seed 2"),
     ),
     "tiny": (
         {"model": "tiny", "kind": "pretrain", "seq": 128, "gbs": 4, "steps": 4, "warmup": 2},

@@ -5,6 +5,7 @@ import json
 import os
 import random
 from pathlib import Path
+from types import SimpleNamespace
 
 import fiddle as fdl
 import gpu_measure
@@ -261,6 +262,16 @@ def cuda_graphs(recipe):
     recipe.trainer.strategy.use_te_rng_tracker = True
 
 
+def without_ours(recipe):
+    """NeMo's own callbacks alone."""
+    modules = [fdl.get_callable(callback).__module__ for callback in recipe.trainer.callbacks]
+    recipe.trainer.callbacks = [
+        callback
+        for callback, module in zip(recipe.trainer.callbacks, modules)
+        if not module.startswith("nemo_tutorial.")
+    ]
+
+
 def log_every(steps):
     def change(recipe):
         recipe.trainer.log_every_n_steps = steps
@@ -291,8 +302,10 @@ CHANGES = {
     "no_distopt": lambda recipe: setattr(recipe.optim.config, "use_distributed_optimizer", False),
     "gc": collect(100),
     "log10": log_every(10),
-    "no_metrics": without("Metrics"),
-    "quiet": without("Metrics", "TimingCallback"),
+    "no_callbacks": without_ours,
+    "no_progress": without("Progress"),
+    "no_guard": without("LossGuard"),
+    "quiet": without("Progress", "TimingCallback"),
     "segments": environment(PYTORCH_CUDA_ALLOC_CONF="expandable_segments:True"),
     "connections": environment(CUDA_DEVICE_MAX_CONNECTIONS="8"),
     "fuser": config(use_transformer_engine_op_fuser=True),
@@ -328,8 +341,27 @@ def flags(cell):
     words += f" --val_check_interval {cell['total']} --limit_val_batches 1"
     words += " --peft lora" if cell["kind"] == "lora" else ""
     args = script.parse_args(words.split())
-    args.sequence_parallel = False
+    args.sequence_parallel, args.log_interval = False, 10  # the interval of a run of 1,000 steps and more
     return args
+
+
+def arithmetic(shape):
+    """What nemo_tutorial.throughput asks of a model, for one of NeMo's configs."""
+    heads = shape.kv_channels or shape.hidden_size // shape.num_attention_heads
+    a_layer = shape.hidden_size * heads * (2 * shape.num_attention_heads + 2 * shape.num_query_groups)
+    a_layer += 3 * shape.hidden_size * shape.ffn_hidden_size
+    tied = shape.share_embeddings_and_output_weights
+    embeddings = shape.vocab_size * shape.hidden_size * (1 if tied else 2)
+    return SimpleNamespace(
+        tie_word_embeddings=tied,
+        vocab_size=shape.vocab_size,
+        hidden_size=shape.hidden_size,
+        active_parameters=shape.num_layers * a_layer + embeddings,
+        num_hidden_layers=shape.num_layers,
+        num_attention_heads=shape.num_attention_heads,
+        head_dim=heads,
+        sliding_window=None,
+    )
 
 
 def build(cell, steps, tokenizer):
@@ -362,6 +394,7 @@ def build(cell, steps, tokenizer):
     strategy, trainer = recipe.trainer.strategy, recipe.trainer
     if base == "ours":
         recipes.set_parallelism(recipe, args)
+        recipes.set_logging(recipe, args, arithmetic(shape))
         recipes.set_training(recipe, args)
         recipes.set_precision(recipe, args)
         dropped = {name[1:] for name in changes if name.startswith("-")}

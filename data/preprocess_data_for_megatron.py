@@ -130,8 +130,8 @@ def same_ids(encode, texts, reference, expected):
     return lengths.tolist() == [len(one) for one in expected] and ids.tolist() == [i for one in expected for i in one]
 
 
-def tokenizer_of_pieces(args, reference, encode, token_bytes, folder):
-    """The function that the workers run: a piece -> what the journal says of it, its tokens in files."""
+def tokenizer_of_pieces(args, reference, encode, token_bytes, spool):
+    """The function that the workers run: a piece -> what the journal says of it, its tokens in files by `spool`."""
     import numpy
     import xxhash
 
@@ -167,7 +167,7 @@ def tokenizer_of_pieces(args, reference, encode, token_bytes, folder):
             if not args.add_bos:
                 lengths = lengths[lengths > 0]  # Megatron-LM's script counts a document without tokens, NeMo's doesn't
             ids = ids.astype(dtype)
-            with open(folder / f"out-{number}-{index}", "wb") as file:
+            with open(os.open(spool(number, index), os.O_WRONLY | os.O_CREAT, 0o666), "wb") as file:
                 file.write(ids)
                 file.write(lengths.astype(numpy.int32))
                 file.write(numpy.array(hashes, numpy.uint64))
@@ -257,7 +257,7 @@ def preprocess(args):
     token_bytes = 2 if reference.size < 65_500 else 4  # Megatron's and NeMo's rule
     if args.append_eod and reference.eod >= 256**token_bytes:
         terminal.fail([f"--tokenizer_type {args.tokenizer_type}: its end token {reference.eod} does not fit"], code=1)
-    writer = dataset_writer.Writer(args.output_prefix, args.json_keys, token_bytes)
+    writer = dataset_writer.Writer(args.output_prefix, args.json_keys, token_bytes, workers.LEAD * args.workers)
     # Less than what it will be, so that nothing is refused that would have fitted.
     needed = 0.8 * density * token_bytes * sum(map(documents.size, args.paths)) - writer.size()
     preflight.report(preflight.disk_problems(writer.folder, needed, f"--output_prefix {args.output_prefix}"))
@@ -279,7 +279,7 @@ def preprocess(args):
         print(f"goes on from {reused} finished pieces in {writer.folder}")
     bar, progress = progress_bar(args)
     with bar:
-        run(args, writer, tokenizer_of_pieces(args, reference, encode, token_bytes, writer.folder), progress)
+        run(args, writer, tokenizer_of_pieces(args, reference, encode, token_bytes, writer.spool), progress)
     bad = list(itertools.islice((line for piece in writer.pieces for line in piece["bad"]), SHOWN))
     for line in bad:
         terminal.warn(f"skipped: {line}")

@@ -33,10 +33,13 @@ def interrupted_publishing(prefix):
 
 
 class Writer:
-    """Writes the datasets PREFIX_KEY_document, one for each of `keys`; tokens have `token_bytes` bytes."""
+    """Writes the datasets PREFIX_KEY_document, one for each of `keys`; tokens have `token_bytes` bytes.
 
-    def __init__(self, prefix, keys, token_bytes):
-        self.prefix, self.keys, self.token_bytes = str(prefix), keys, token_bytes
+    Up to `ahead` pieces may be made before the first of them is appended.
+    """
+
+    def __init__(self, prefix, keys, token_bytes, ahead):
+        self.prefix, self.keys, self.token_bytes, self.ahead = str(prefix), keys, token_bytes, ahead
         self.folder = folder_of(prefix)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.lock = open(self.folder / "lock", "wb")
@@ -104,14 +107,16 @@ class Writer:
             end = sum(len(file.readline()) for _ in range(count + 1))
         self.journal.truncate(end)
 
+    def spool(self, number, index):
+        """Where the tokens of piece `number` and field `index` wait: over those of a piece that has been appended."""
+        return self.folder / f"out-{number % self.ahead}-{index}"
+
     def append(self, line):
-        """Add a piece: `line` is what the journal says of it, its tokens lie in the files `out-NUMBER-KEY`."""
-        for key in self.keys:
-            part = self.folder / f"out-{line['number']}-{self.keys.index(key)}"
-            with open(part, "rb") as file:
+        """Add a piece: `line` is what the journal says of it; its tokens lie in the spool's files."""
+        for index, key in enumerate(self.keys):
+            with open(self.spool(line["number"], index), "rb") as file:
                 for kind in ("bin", "lengths", "hashes"):
                     self.files[key, kind].write(file.read(line["keys"][key][kind]))
-            part.unlink()
         for file in self.files.values():
             file.flush()
         self.journal.write(_line(line) + b"\n")

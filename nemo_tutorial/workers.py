@@ -10,6 +10,7 @@ import traceback
 from multiprocessing.connection import wait
 
 AHEAD = 2  # tasks given to a worker at a time: it begins the next while the result of the last is being used
+LEAD = 4  # tasks a worker that may have been read, and not all of their results taken
 
 
 class Died(Exception):
@@ -19,7 +20,7 @@ class Died(Exception):
 def ordered(function, tasks, count):
     """Yield function(task) for each of `tasks`, in their order, computed by `count` forked processes.
 
-    `tasks` is read in this process, at most 4 x `count` ahead of what has been yielded. Tasks and results should be
+    `tasks` is read in this process, at most LEAD x `count` ahead of what has been yielded. Tasks and results should be
     small (a pipe holds 64 kB): what is large travels through files. Raises Died within a moment of a worker's death,
     and what `function` raises.
     """
@@ -45,7 +46,7 @@ def _results(tasks, pool):
     busy, done, wanted, given, more = [0] * len(pool), {}, 0, 0, True
     while True:
         for index in sorted(range(len(pool)), key=busy.__getitem__):
-            while more and busy[index] < AHEAD and given < wanted + 4 * len(pool):
+            while more and busy[index] < AHEAD and given < wanted + LEAD * len(pool):
                 task = next(tasks, None)
                 if task is None:
                     more = False

@@ -517,7 +517,7 @@ def test_killed_while_files_are_renamed(preprocess, tmp_path, monkeypatch, capfd
 
 def test_two_runs_at_once(preprocess, tmp_path, capfd):
     lines = write_lines(tmp_path / "in.jsonl", TEXTS)
-    writer = dataset_writer.Writer("out/a", ["text"], 2)
+    writer = dataset_writer.Writer("out/a", ["text"], 2, 8)
     preprocess([lines], code=1)
     assert "another process is writing out/a" in capfd.readouterr().err
     writer.lock.close()
