@@ -152,8 +152,8 @@ ROWS = {
     ),
     # What our own callbacks cost.
     "callbacks": (
-        {"model": "1b", "kind": "pretrain", "seq": 4096, "gbs": 8, "steps": 40, "warmup": 4},
-        ("ours", "ours+no_callbacks", "ours+no_progress", "ours+no_guard", "ours seed 2", "ours+no_callbacks seed 2"),
+        {"model": "1b", "kind": "pretrain", "seq": 8192, "gbs": 8, "steps": 30, "warmup": 4},
+        ("ours+mbs2", "ours+mbs2+no_callbacks", "ours+mbs2 seed 2", "ours+mbs2+no_callbacks seed 2"),
     ),
     "tiny": (
         {"model": "tiny", "kind": "pretrain", "seq": 128, "gbs": 4, "steps": 4, "warmup": 2},
