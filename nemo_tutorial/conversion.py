@@ -169,9 +169,10 @@ def write_nemo(connector, model, trainer, tensor, output, what):
     The model's parameters have no values: nothing but the tensor that is written is in memory.
     """
     parameters = nemo_parameters(model)
-    with terminal.progress(what, weights.size(parameters)) as progress:
+    size = weights.size(parameters)
+    with terminal.progress(what, size) as progress:
         make = weights.writer(parameters, tensor, progress)
-        trainer.strategy.unwrapped_checkpoint_io._save_sharded_strategy = weights.Streamed(make)
+        trainer.strategy.unwrapped_checkpoint_io._save_sharded_strategy = weights.Streamed(make, size)
         connector.nemo_save(output, trainer)
     gc.freeze()  # NeMo's teardown looks at every object that Python knows of
     trainer.strategy._lightning_module = None  # on a GPU's machine it is without values: nothing to move

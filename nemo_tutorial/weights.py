@@ -369,19 +369,22 @@ def _regex(pattern):
 class Streamed(megatron_format.TorchDistSaveShardedStrategy):
     """Megatron's way of saving, but each tensor is asked of `make` when its turn to be written comes.
 
-    `make` takes one of the state dict's tensors, whose values do not count, and returns it with values.
+    `make` takes one of the state dict's tensors, whose values do not count, and returns it with values. Of `size` bytes
+    in all, SMALL and more are written by four threads, each a file of its own.
     """
 
-    def __init__(self, make):
+    SMALL = 100_000_000
+
+    def __init__(self, make, size):
         super().__init__("torch_dist", 1)
-        self.make = make
+        self.make, self.threads = make, 4 if size >= self.SMALL else 1
 
     def save(self, sharded_state_dict, checkpoint_dir):
         named, *_ = megatron_format._replace_state_dict_keys_with_sharded_keys(sharded_state_dict, True)
         try:
             dcp.save(
                 megatron_format.mcore_to_pyt_state_dict(named, False),
-                storage_writer=_Writer(checkpoint_dir, single_file_per_rank=True, thread_count=4),
+                storage_writer=_Writer(checkpoint_dir, single_file_per_rank=True, thread_count=self.threads),
                 planner=_Planner(self.make),
             )
         except CheckpointException as error:  # hides the cause, a full disk perhaps, and is no Exception

@@ -93,6 +93,27 @@ def test_import_is_what_stock_nemo_writes(stages, tmp_path):
     assert_same(hf_tensors(tmp_path / "of_stock"), hf_tensors(source))
 
 
+def test_four_threads_write_the_same(stages, tmp_path, monkeypatch):
+    """As for larger models: the same tensors, in four files; what fails in one of the threads fails the import."""
+    from nemo_tutorial import conversion, models, weights
+
+    source = stages / "hf_model/tiny"
+    monkeypatch.setattr(weights.Streamed, "SMALL", 0)
+    conversion.import_model(source, models.from_hf(source), tmp_path / "four")
+    assert len(list((tmp_path / "four/weights").glob("*.distcp"))) == 4
+    assert_same(nemo_tensors(tmp_path / "four"), nemo_tensors(stages / "nemo_ckpt/tiny"))
+    made = weights.Table.tensor
+
+    def full_disk(table, source, name):
+        if name.endswith("layers.1.mlp.linear_fc2.weight"):
+            raise OSError(28, "No space left on device")
+        return made(table, source, name)
+
+    monkeypatch.setattr(weights.Table, "tensor", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        conversion.import_model(source, models.from_hf(source), tmp_path / "failed")
+
+
 def test_a_changed_weight_shows(stages, imported):
     """One weight changed in the NeMo checkpoint, its checksum too, changes that one tensor of the export."""
     from nemo_tutorial import conversion
