@@ -174,7 +174,6 @@ def write_nemo(connector, model, trainer, tensor, output, what):
         make = weights.writer(parameters, tensor, progress)
         trainer.strategy.unwrapped_checkpoint_io._save_sharded_strategy = weights.Streamed(make, size)
         connector.nemo_save(output, trainer)
-    gc.freeze()  # NeMo's teardown looks at every object that Python knows of
     trainer.strategy._lightning_module = None  # on a GPU's machine it is without values: nothing to move
     teardown(trainer, model)
 
@@ -226,7 +225,11 @@ def export_table(checkpoint, dtype=None):
 
 def import_model(folder, model, output):
     """Write the Hugging Face model in `folder` as the NeMo checkpoint `output`."""
-    importer(folder, model)(output_path=Path(output))
+    gc.freeze()  # NeMo's teardown looks at every object that Python knows of: only at those of this import
+    try:
+        importer(folder, model)(output_path=Path(output))
+    finally:
+        gc.unfreeze()
 
 
 def settle(folder):
