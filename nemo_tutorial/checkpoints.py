@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import filecmp
 import hashlib
 import json
 import os
@@ -198,8 +199,9 @@ def copy_assets(source, target):
     Path(target).mkdir(parents=True, exist_ok=True)
     code = [file.name for file in Path(source).glob("*.py")] if models.remote_code(source) else []
     for name in (*ASSETS, *code):
-        if (Path(source) / name).is_file():
-            shutil.copyfile(Path(source) / name, Path(target) / name)
+        own, copy = Path(source) / name, Path(target) / name
+        if own.is_file() and not (copy.is_file() and filecmp.cmp(own, copy, shallow=False)):  # it may be in use
+            shutil.copyfile(own, copy)
 
 
 def size(path):

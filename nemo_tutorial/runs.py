@@ -64,13 +64,14 @@ class Source:
         """The model's NeMo config, and the folder of its tokenizer."""
         from nemo_tutorial import recipes
 
-        checkpoint = self.resume_from or self.restore_from
-        if checkpoint:
-            return recipes.checkpoint_config(checkpoint), self.tokenizer_folder()
-        # Copied, because NeMo stores the tokenizer's whole folder with each checkpoint: here, the weights too.
+        if self.restore_from and not self.resume_from:
+            return recipes.checkpoint_config(self.restore_from), self.tokenizer_folder()
+        # Copied, because NeMo takes the tokenizer's whole folder into each checkpoint, and leaves it out without a word
+        # if it is gone: a Hugging Face folder has the weights in it, and a run's older checkpoint is removed some time.
         folder = self.run / "nemo_tokenizer"
-        checkpoints.copy_assets(self.hf_folder, folder)
-        return recipes.hf_config(self.hf_folder), folder
+        checkpoints.copy_assets(self.tokenizer_folder(), folder)
+        config = recipes.checkpoint_config(self.resume_from) if self.resume_from else recipes.hf_config(self.hf_folder)
+        return config, folder
 
 
 def folder(args):

@@ -438,6 +438,23 @@ def test_optimizer_of_the_last_alone(stages):
     assert losses(next_run.path)[1] < losses(run.path)[1]  # trained weights, and not the first ones
 
 
+@pytest.mark.nemo
+def test_the_tokenizer_outlives_the_checkpoint_that_a_run_went_on_from(stages, tmp_path):
+    """Older checkpoints are removed while a run goes on; it may start again by itself, and saves the tokenizer."""
+    from transformers import AutoTokenizer
+
+    from nemo_tutorial import runs
+
+    run = tmp_path / "results/run"
+    checkpoint = run / "checkpoints/model_name=0--val_loss=1.50-step=3-consumed_samples=32.0"
+    shutil.copytree(stages / "nemo_ckpt/tiny", checkpoint)
+    _, folder = runs.Source(resume_from=checkpoint, run=run).config_and_tokenizer()
+    expected = AutoTokenizer.from_pretrained(stages / "hf_model/tiny")("a word")
+    shutil.rmtree(checkpoint)
+    assert AutoTokenizer.from_pretrained(folder)("a word") == expected
+    assert (folder / "config.json").read_bytes() == (stages / "hf_model/tiny/config.json").read_bytes()
+
+
 # The campaign
 
 
