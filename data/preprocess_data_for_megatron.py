@@ -80,23 +80,9 @@ def input_problems(args):
 
 def choose_tokenizer(args, sample):
     """The fastest library with Hugging Face's ids: (reference, texts -> ids, library, tokens a byte of the sample)."""
-    # In a process of its own, which ends: transformers takes 300 MB. While it takes the sample's ids, fastokens reads
-    # the tokenizer here.
-    loaded = []
-
-    def in_turn(step):
-        try:
-            if step == "json":
-                loaded.append(tokenization.hugging_face(args.tokenizer_type))
-                return tokenization.backend_json(loaded[0])
-            return tokenization.reference(args.tokenizer_type, args.add_bos, sample, *loaded)
-        except tokenization.Unusable as error:
-            return str(error), None, None
-
-    results = workers.ordered(in_turn, ["json", "ids"], 1)
-    read = tokenization.read_ahead(next(results))
-    reference, texts, expected = next(results)
-    results.close()
+    # In a process of its own, which ends: transformers takes 300 MB.
+    task = args.tokenizer_type, args.add_bos, sample
+    reference, texts, expected = next(workers.ordered(reference_ids, [task], 1))
     if isinstance(reference, str):
         terminal.fail([reference])
     if args.append_eod and reference.eod is None:
@@ -110,7 +96,7 @@ def choose_tokenizer(args, sample):
         terminal.warn(f"{args.tokenizer_type} exists in Python only: it is used as it is, slowly")
         return reference, tokenization.load("transformers", reference), "transformers", density
     try:
-        encode = tokenization.load("fastokens", reference, read)
+        encode = tokenization.load("fastokens", reference)
         give_memory_back()
         same = next(workers.ordered(lambda texts: same_ids(encode, texts, reference, expected), [texts], 1))
         if same:
@@ -130,6 +116,13 @@ def give_memory_back():
         ctypes.CDLL(None).malloc_trim(0)
     except (AttributeError, OSError):
         pass  # another C library than GNU's
+
+
+def reference_ids(task):
+    try:
+        return tokenization.reference(*task)
+    except tokenization.Unusable as error:
+        return str(error), None, None
 
 
 def same_ids(encode, texts, reference, expected):

@@ -88,27 +88,19 @@ def hugging_face(name):
         elif getattr(tokenizer, other) is None and getattr(tokenizer, one):
             tokens[other] = getattr(tokenizer, one)
     tokenizer.add_special_tokens(tokens)
-    if tokenizer.is_fast:  # neither script cuts or fills a text
-        tokenizer.backend_tokenizer.no_truncation()
-        tokenizer.backend_tokenizer.no_padding()
     return tokenizer
 
 
-def backend_json(tokenizer):
-    """What of transformers' tokenizer is no Python, as in tokenizer.json; None if nothing is."""
-    return tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else None
-
-
-def reference(name, add_bos, texts, tokenizer=None):
-    """(Reference, texts: `texts`, AWKWARD and some with the added tokens, the ids of each).
-
-    `tokenizer` is hugging_face(name), if that has been loaded.
-    """
+def reference(name, add_bos, texts):
+    """(Reference, texts: `texts`, AWKWARD and some with the added tokens, the ids of each)."""
     from importlib import metadata
 
-    tokenizer = hugging_face(name) if tokenizer is None else tokenizer
-    backend, before, after = backend_json(tokenizer), [], []
-    if backend:
+    tokenizer = hugging_face(name)
+    backend, before, after = None, [], []
+    if tokenizer.is_fast:
+        tokenizer.backend_tokenizer.no_truncation()  # neither script cuts or fills a text
+        tokenizer.backend_tokenizer.no_padding()
+        backend = tokenizer.backend_tokenizer.to_str()
         identity = fingerprint(json.loads(backend))
     else:
         identity = fingerprint({"model": {"vocab": tokenizer.get_vocab()}})
@@ -147,28 +139,17 @@ def python_ids(tokenizer, text, add_bos):
     return tokenizer.convert_tokens_to_ids(tokenizer.tokenize(text))
 
 
-def read_ahead(json):
-    """fastokens' tokenizer of a tokenizer.json, or None where `load` shall try, and say what is wrong."""
-    try:
-        import fastokens
-
-        return fastokens.Tokenizer.from_json_str(json)
-    except Exception:
-        return None
-
-
-def load(library, found, read=None):
+def load(library, found):
     """A function from texts to (ids of all of them, one after another; number of ids of each), without special tokens.
 
-    `read` is what read_ahead made of `found.json`. Raises ImportError if there is no such library here, and whatever it
-    raises about a tokenizer that it can't read.
+    Raises ImportError if there is no such library here, and whatever it raises about a tokenizer that it can't read.
     """
     import numpy
 
     if library == "fastokens":
         import fastokens
 
-        fast, slow = read or fastokens.Tokenizer.from_json_str(found.json), []
+        fast, slow = fastokens.Tokenizer.from_json_str(found.json), []
 
         def encode(texts):
             try:

@@ -204,8 +204,8 @@ def test_a_library_with_other_ids_is_not_used(preprocess, tmp_path, monkeypatch,
     expected = preprocess([lines])
     load = tokenization.load
 
-    def wrong(library, reference, *read):
-        encode = load(library, reference, *read)
+    def wrong(library, reference):
+        encode = load(library, reference)
 
         def encode_wrongly(texts):
             ids, lengths = encode(texts)
