@@ -92,7 +92,7 @@ def main(argv=None):
         with checkpoints.published(args.output_path, args.overwrite) as partial:
             conversion.import_model(folder, model, partial)
             if args.verify != "none":
-                conversion.settle(partial)
+                checkpoints.to_disk(partial, forget=True)
             with ThreadPoolExecutor(1) as pool:  # hashed while it is read to be verified
                 files = pool.submit(checkpoints.fingerprints, partial)
                 rows += conversion.verify(partial, folder, args.verify)

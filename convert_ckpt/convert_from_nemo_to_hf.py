@@ -82,7 +82,7 @@ def write(args, source, output):
 
     conversion.export(source, output, args.max_shard_size or "5GB", args.dtype)
     if args.verify != "none":
-        conversion.settle(output)
+        checkpoints.to_disk(output, forget=True)
     rows = conversion.verify(source, output, args.verify, args.dtype)
     return rows + (conversion.sentence(output) if args.verify != "none" else [])
 

@@ -123,7 +123,7 @@ def merge(checkpoint, base, output):
     folder = models.tokenizer_folder(output)  # NeMo has saved it anew, perhaps
     shutil.rmtree(folder, ignore_errors=True)
     checkpoints.copy_assets(models.tokenizer_folder(checkpoint), folder)
-    conversion.settle(output)
+    checkpoints.to_disk(output, forget=True)
     expected = ((name, merged[name]) for name in merged.meta)
     with terminal.progress("verify", weights.size(merged.meta)) as progress:
         found = weights.differences(merged.meta, expected, weights.Megatron(output), progress)
@@ -210,7 +210,7 @@ def export(checkpoint, output, base, revision=None, dtype=None):
     checkpoints.copy_assets(models.tokenizer_folder(checkpoint), output)
     for name in ("config.json", "generation_config.json"):  # of the base model, which this folder is not
         (output / name).unlink(missing_ok=True)
-    conversion.settle(output)
+    checkpoints.to_disk(output, forget=True)
     written = weights.HuggingFace(output, [output / "adapter_model.safetensors"])
     found = weights.differences(peft.meta, peft.tensors(), written, lambda size: None)
     if found:

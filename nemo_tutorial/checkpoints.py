@@ -232,10 +232,7 @@ def published(output, overwrite=False):
                 yield staging
             if output.exists() and not overwrite:
                 raise FileExistsError(f"{output} appeared while this was running")
-            for file in staging.rglob("*"):
-                if file.is_file():
-                    with open(file, "rb") as written:
-                        os.fsync(written.fileno())
+            to_disk(staging)
             if output.exists():
                 output.rename(replaced)
             try:
@@ -249,6 +246,15 @@ def published(output, overwrite=False):
             shutil.rmtree(staging, ignore_errors=True)
 
 
+def to_disk(folder, forget=False):
+    """Have the disk hold what lies in a folder. With `forget`, what is read again comes from there, not from memory."""
+    for file in filter(Path.is_file, Path(folder).rglob("*")):
+        with open(file, "rb") as opened:
+            os.fsync(opened.fileno())
+            if forget:
+                os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 @contextlib.contextmanager
 def _written_early(folder):
     """Have the disk write what lies in `folder` while more is made, and the memory that it took be used again.
@@ -260,10 +266,7 @@ def _written_early(folder):
     def write():
         while not done.wait(0.5):
             with contextlib.suppress(OSError):  # gone meanwhile; a full disk is said to whoever writes
-                for file in filter(Path.is_file, folder.rglob("*")):
-                    with open(file, "rb") as opened:
-                        os.fdatasync(opened.fileno())
-                        os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+                to_disk(folder, forget=True)
 
     thread = threading.Thread(target=write, daemon=True)
     thread.start()

@@ -12,7 +12,6 @@ import functools
 import gc
 import json
 import math
-import os
 import tempfile
 from pathlib import Path
 
@@ -230,15 +229,6 @@ def import_model(folder, model, output):
         importer(folder, model)(output_path=Path(output))
     finally:
         gc.unfreeze()
-
-
-def settle(folder):
-    """Have what was just written come from the disk, not from memory, when it is read again."""
-    for file in Path(folder).rglob("*"):
-        if file.is_file():
-            with open(file, "rb") as opened:
-                os.fsync(opened.fileno())
-                os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def verify(checkpoint, folder, how, dtype=None):
