@@ -39,29 +39,39 @@ ROOT = Path(__file__).resolve().parents[1]
 # gpu_nemo.CHANGES) or "-setting" (of nemo_tutorial.performance) after it, or a peer's name; then " seed N" of the
 # weights, and " profile" to time the kernels as well.
 PEERS = ("transformers", "peft")
-FULL = ("stock+mbs2", "ours", "transformers+compile+liger", "transformers+compile")
+PEERS_FULL = ("transformers+compile", "transformers+compile+liger")
 ABLATION_1B = {"model": "1b", "kind": "pretrain", "seq": 8192, "gbs": 8, "steps": 8, "warmup": 3}
 ABLATION_LORA = {"model": "8b", "kind": "lora", "seq": 4096, "gbs": 8, "steps": 8, "warmup": 3}
 ROWS = {
-    "1b-8192": ({"model": "1b", "kind": "pretrain", "seq": 8192, "gbs": 16}, FULL),
-    "1b-4096": ({"model": "1b", "kind": "pretrain", "seq": 4096, "gbs": 32}, FULL),
+    "1b-8192": (
+        {"model": "1b", "kind": "pretrain", "seq": 8192, "gbs": 16},
+        ("stock+mbs2", "ours+mbs4", *PEERS_FULL),
+    ),
+    "1b-4096": (
+        {"model": "1b", "kind": "pretrain", "seq": 4096, "gbs": 32},
+        ("stock+mbs4", "ours+mbs8", *PEERS_FULL),
+    ),
     "1b-8192-fp8": (
         {"model": "1b", "kind": "pretrain", "seq": 8192, "gbs": 16},
         ("stock+mbs2+fp8_current", "ours+fp8_current", "ours+fp8_delayed"),
     ),
-    "3b-4096": ({"model": "3b", "kind": "pretrain", "seq": 4096, "gbs": 16}, FULL),
-    "3b-8192": ({"model": "3b", "kind": "pretrain", "seq": 8192, "gbs": 8}, FULL),
+    # Of 80 GB: a micro batch of two needs a smaller optimizer.
+    "3b-4096": (
+        {"model": "3b", "kind": "pretrain", "seq": 4096, "gbs": 16},
+        ("stock", "ours", "ours+mbs4", *PEERS_FULL),
+    ),
+    "3b-8192": ({"model": "3b", "kind": "pretrain", "seq": 8192, "gbs": 8}, ("stock", "ours+lean", *PEERS_FULL)),
     "8b-lora": (
         {"model": "8b", "kind": "lora", "seq": 4096, "gbs": 16},
-        ("stock", "stock+mbs2", "ours", "peft+compile"),
+        ("stock+mbs2", "ours+mbs2-adapter", "ours+mbs2", "peft+compile"),
     ),
     "8b-lora-fp8": (
         {"model": "8b", "kind": "lora", "seq": 4096, "gbs": 16},
-        ("stock+mbs2+fp8_current", "ours+fp8_current"),
+        ("ours+mbs2+fp8_current_all",),
     ),
     "8b-sft": (
         {"model": "8b", "kind": "sft", "seq": 4096, "gbs": 8},
-        ("stock", "ours+lean", "ours+lean_fp8+recompute_full"),
+        ("ours+mbs2+lean", "ours+lean_fp8+recompute_full"),
     ),
     # One change at a time, the most promising first.
     "ablation-1b": (
@@ -108,21 +118,21 @@ ROWS = {
         ABLATION_LORA,
         (
             "stock+mbs2 profile",
-            "ours+mbs2 profile",
-            "ours+mbs2+lora_addmm",
-            "ours+mbs2+lora_fuser",
-            "ours+mbs2+lora_addmm+fp8_current_all profile",
-            "ours+mbs2+lora_addmm+fp8_delayed",
+            "ours+mbs2-adapter profile",
+            "ours+mbs2",
+            "ours+mbs2-adapter+lora_fuser",
+            "ours+mbs2+fp8_current_all profile",
+            "ours+mbs2+fp8_delayed",
         ),
     ),
     "ablation-lora-more": (
         ABLATION_LORA,
         (
-            "ours+mbs1+lora_addmm",
-            "ours+mbs2+lora_addmm+gc",
-            "ours+mbs2+lora_addmm+te_swiglu",
-            "ours+mbs2+lora_addmm+fp8_current_nogather",
-            "ours+mbs2+lora_addmm+quiet+log10 profile",
+            "ours+mbs1",
+            "ours+mbs2+gc",
+            "ours+mbs2+te_swiglu",
+            "ours+mbs2+fp8_current_nogather",
+            "ours+mbs2+quiet+log10 profile",
         ),
     ),
     # Same initial weights and data: is the loss of ours as near to stock's as stock's own with other weights?

@@ -251,12 +251,6 @@ def lora_fuser(recipe):
     recipe.trainer.callbacks.append(run.Config(FuseLoRA))
 
 
-def lora_addmm(recipe):
-    from gpu_trials import patch_lora
-
-    patch_lora()
-
-
 def cuda_graphs(recipe):
     config(cuda_graph_impl="local", use_te_rng_tracker=True)(recipe)
     recipe.trainer.strategy.use_te_rng_tracker = True
@@ -312,7 +306,6 @@ CHANGES = {
     "qkv_rope": config(fused_single_qkv_rope=True),
     "te_swiglu": config(use_te_activation_func=True, bias_activation_fusion=False),
     "lora_fuser": lora_fuser,
-    "lora_addmm": lora_addmm,
     "graphs": cuda_graphs,
     "recompute_selective": config(recompute_granularity="selective", recompute_modules=["core_attn"]),
     "recompute_norm": config(recompute_granularity="selective", recompute_modules=["layernorm"]),

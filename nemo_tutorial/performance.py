@@ -5,7 +5,7 @@ Plain data and the standard library, so that a dry run can say it. `recipes.set_
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from nemo_tutorial import preflight
 
@@ -16,26 +16,33 @@ class Setting:
 
     name: str
     why: str
-    values: dict  # path in the recipe -> value; a path that this NeMo's recipe lacks is left out
     when: Callable  # of the flags: does it apply?
+    values: dict = field(default_factory=dict)  # path in the recipe -> value; a path that it lacks is left out
+    callback: str | None = None  # "module.Class" of nemo_tutorial, added to the trainer's
 
 
 SETTINGS = [
     Setting(
         "loss",
         "cross entropy of Transformer Engine: no copies of the logits in float32",
-        {"model.config.cross_entropy_loss_fusion": True, "model.config.cross_entropy_fusion_impl": "te"},
         lambda args: True,
+        {"model.config.cross_entropy_loss_fusion": True, "model.config.cross_entropy_fusion_impl": "te"},
     ),
     Setting(
         "one replica",
         "nothing to overlap or to average with one data-parallel replica; NaN is looked for once a step, not a bucket",
+        lambda args: preflight.data_parallel_size(args) == 1,
         {
             "trainer.strategy.ddp.overlap_grad_reduce": False,
             "trainer.strategy.ddp.overlap_param_gather": False,
             "trainer.strategy.ddp.average_in_collective": False,
         },
-        lambda args: preflight.data_parallel_size(args) == 1,
+    ),
+    Setting(
+        "adapter",
+        "LoRA's output is added inside its second matrix product, not in a pass of its own over every layer's output",
+        lambda args: args.peft == "lora" and args.tensor_model_parallel_size == 1 and not args.lora_dropout,
+        callback="lora.AddedInProduct",
     ),
 ]
 

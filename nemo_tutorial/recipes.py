@@ -1,5 +1,6 @@
 """What we change in a NeMo recipe. Each function takes the recipe and the flags, and assigns; NeMo keeps the rest."""
 
+import importlib
 from pathlib import Path
 
 import fiddle as fdl
@@ -247,6 +248,10 @@ def set_performance(recipe, args, settings=None):
                 node = getattr(node, parent, None)
             if isinstance(node, fdl.Buildable) and compat.supported(fdl.get_callable(node), **{name: value}):
                 setattr(node, name, value)
+        if setting.callback:
+            module, cls = setting.callback.split(".")
+            callback = getattr(importlib.import_module(f"nemo_tutorial.{module}"), cls)
+            recipe.trainer.callbacks = [*(recipe.trainer.callbacks or []), run.Config(callback)]
 
 
 def set_checkpointing(recipe, args, restore_from):

@@ -125,6 +125,47 @@ def test_adapter_merged_and_in_peft(adapted, tmp_path, case, kind):
     assert not (tmp_path / "peft/config.json").exists() and (tmp_path / "peft/tokenizer.json").is_file()
 
 
+@pytest.mark.parametrize("case", ["llama3.2", "qwen2", "phi3-partial"])
+def test_added_in_the_product(adapted, monkeypatch, case):
+    """lora.py computes what NeMo's own layer does: the logits, and the gradients of every A and B."""
+    import torch
+    from megatron.core.utils import get_model_config
+    from nemo.collections.llm import peft
+    from nemo.collections.llm.peft.lora import LoRALinear
+
+    from nemo_tutorial import conversion, lora
+
+    _, base, _, tokens, *_ = adapted(case, "LoRA")
+    model, trainer = conversion.exporter(base).nemo_load(base)
+    model.trainer = trainer
+    peft.LoRA(dim=4, alpha=12, dropout=0.0)(model)
+    torch.manual_seed(2)
+    for name, parameter in model.named_parameters():
+        if ".adapter." in name:
+            torch.nn.init.normal_(parameter, std=1 / 8).requires_grad_()
+    mask = torch.ones(24, 24).tril().logical_not()[None, None]
+    assert get_model_config(model).params_dtype == torch.float32
+
+    def run():
+        model.zero_grad()
+        logits = model(tokens, torch.arange(24)[None], attention_mask=mask)
+        logits.square().mean().backward()
+        return logits.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    expected, gradients = run()
+    called = []
+    apply = lora.LowRank.apply
+    monkeypatch.setattr(lora.LowRank, "apply", lambda *args: called.append(1) or apply(*args))
+    monkeypatch.setattr(LoRALinear, "forward", LoRALinear.forward)  # put back after the test
+    lora.AddedInProduct().setup(None, None, "fit")
+    found, ours = run()
+    assert len(called) == sum(isinstance(module, LoRALinear) for module in model.modules()) > 0
+    assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
+    assert ours.keys() == gradients.keys() and all(".adapter." in name for name in ours)
+    for name, gradient in gradients.items():
+        assert (ours[name] - gradient).abs().max() < 1e-4 * gradient.abs().max() > 0, name
+
+
 def test_dora_with_biases_is_merged_and_not_exported(adapted, tmp_path):
     """NeMo's DoRA scales Qwen 2's biases, peft's does not: the merged model does too, an adapter is refused by name."""
     import torch

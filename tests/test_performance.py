@@ -11,6 +11,7 @@ GPU = {
     "performance": "auto",
     "precision": "bf16",
     "peft": None,
+    "lora_dropout": None,
     "num_nodes": 1,
     "num_gpus": 1,
     "tensor_model_parallel_size": 1,
@@ -33,24 +34,35 @@ def test_one_replica_overlaps_nothing():
     assert "one replica" not in names(num_gpus=8)
 
 
-def test_each_setting_says_why_and_has_values():
+def test_adapters_without_dropout_are_added_in_the_product():
+    assert "adapter" in names(peft="lora", num_gpus=4)
+    for flags in ({}, {"lora_dropout": 0.1}, {"tensor_model_parallel_size": 4, "num_gpus": 4}, {"peft": "dora"}):
+        assert "adapter" not in names(**{"peft": "lora" if flags else None} | flags), flags
+
+
+def test_each_setting_says_why_and_changes_something():
     assert len({setting.name for setting in performance.SETTINGS}) == len(performance.SETTINGS)
     for setting in performance.SETTINGS:
-        assert len(setting.why) > 20 and setting.values
+        assert len(setting.why) > 20 and (setting.values or setting.callback)
 
 
 @pytest.mark.nemo
 @pytest.mark.parametrize("kind", ["pretrain_recipe", "finetune_recipe"])
 def test_they_reach_the_recipe(kind):
     """Every value is in NeMo's recipe, unless that has no such part (a finetuning recipe says nothing of DDP)."""
-    from nemo_tutorial import recipes
+    import fiddle as fdl
 
-    args = SimpleNamespace(**GPU | {"accelerator": "gpu", "experiment": "x"})
+    from nemo_tutorial import lora, recipes
+
+    peft = "lora" if kind == "finetune_recipe" else None
+    args = SimpleNamespace(**GPU | {"accelerator": "gpu", "experiment": "x", "peft": peft})
     recipe = recipes.start("llama32_1b", kind, args)
     stock = recipe.trainer.strategy.ddp.overlap_grad_reduce if kind == "pretrain_recipe" else None
     recipes.set_performance(recipe, args)
     assert recipe.model.config.cross_entropy_loss_fusion is True
     assert recipe.model.config.cross_entropy_fusion_impl == "te"
+    callbacks = [fdl.get_callable(callback) for callback in recipe.trainer.callbacks]
+    assert (lora.AddedInProduct in callbacks) == (kind == "finetune_recipe")
     if kind == "pretrain_recipe":
         ddp = recipe.trainer.strategy.ddp
         assert stock is True and ddp.check_for_nan_in_grad is True

@@ -1,0 +1,61 @@
+"""NeMo's LoRA layer with the adapter's output added inside the adapter's second product.
+
+NeMo's own (nemo/collections/llm/peft/lora.py) writes the adapter's output, then reads it and the layer's to add them.
+benchmarks/README.md has what that costs.
+"""
+
+import torch
+from lightning.pytorch import Callback
+from megatron.core import parallel_state
+from nemo.collections.llm.peft import lora
+
+
+class LowRank(torch.autograd.Function):
+    """out + scale * (x A^T) B^T, written into `out`, which nothing else may have kept for its backward pass.
+
+    out (..., n), x (..., k), a (rank, k), b (n, rank); returns a tensor of out's shape, in its memory.
+    """
+
+    @staticmethod
+    def forward(ctx, out, x, a, b, scale):
+        rows = x.reshape(-1, x.shape[-1])
+        low = rows.mm(a.t())
+        ctx.save_for_backward(rows, low, a, b)
+        ctx.scale, ctx.shape = scale, x.shape
+        flat = out.detach().view(-1, out.shape[-1])
+        torch.addmm(flat, low, b.t(), alpha=scale, out=flat)
+        return flat.view(out.shape)
+
+    @staticmethod
+    def backward(ctx, grad):
+        rows, low, a, b = ctx.saved_tensors
+        flat = grad.reshape(-1, grad.shape[-1])
+        grad_low = flat.mm(b).mul_(ctx.scale)
+        grad_b = flat.t().mm(low).mul_(ctx.scale)
+        grad_x = grad_low.mm(a).view(ctx.shape) if ctx.needs_input_grad[1] else None
+        return grad, grad_x, grad_low.t().mm(rows), grad_b, None
+
+
+STOCK = lora.LoRALinear.forward
+
+
+def forward(self, x, *args, **kwargs):
+    """LoRALinear's, by LowRank where that computes the same: no dropout, no expert, no tensor parallelism."""
+    adapter = self.adapter
+    if (
+        adapter.dropout is not None
+        or adapter.is_expert
+        or not isinstance(adapter.activation, torch.nn.Identity)
+        or parallel_state.get_tensor_model_parallel_world_size() > 1
+    ):
+        return STOCK(self, x, *args, **kwargs)
+    out, bias, normed = self.base_linear_forward(x, *args, **kwargs)
+    scale = adapter.alpha / adapter.dim
+    return LowRank.apply(out, normed, adapter.linear_in.weight, adapter.linear_out.weight, scale), bias
+
+
+class AddedInProduct(Callback):
+    """Have all LoRA layers of the process compute that way."""
+
+    def setup(self, trainer, pl_module, stage):
+        lora.LoRALinear.forward = forward
