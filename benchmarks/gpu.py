@@ -4,6 +4,7 @@ From the repository root, on a machine with a GPU (rows that are measured alread
 
     python benchmarks/gpu.py --rows 1b-8192 8b-lora
     python benchmarks/gpu.py --rows ablation-1b --seconds 500
+    python benchmarks/gpu.py --layouts            # of all GPUs of this machine
     python benchmarks/gpu.py --table
 
 Each cell (a contestant in a row) runs in a process of its own, which has imported NeMo ahead. Random weights, random
@@ -15,12 +16,15 @@ counts 4), causal attention once; MFU is of 989 TFLOP/s.
 import argparse
 import collections
 import contextlib
+import itertools
 import json
+import math
 import os
 import re
 import select
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -187,6 +191,34 @@ for model, kind in (("1b", "pretrain"), ("3b", "pretrain"), ("8b", "lora")):
             ("ours+mbs1", "ours+mbs2", "ours+mbs1+recompute_full", "ours+mbs2+recompute_full"),
         )
 MICRO_BATCHES = (4, 2, 1)  # of the peers: the largest that fits
+# --layouts: model, kind, sequence, samples a step and GPU, changes of ours and of stock. Each GPU has the same work in
+# every layout, so tokens/s a GPU against the row of one GPU is the weak scaling.
+LAYOUT_MODELS = (
+    ("1b", "pretrain", 8192, 4, "+mbs2"),
+    ("3b", "pretrain", 8192, 4, "+mbs1"),
+    ("8b", "lora", 4096, 8, "+mbs2"),
+    ("8b", "pretrain", 8192, 4, "+mbs1"),
+    ("8b", "sft", 4096, 8, "+mbs1"),
+)
+REHEARSED_LAYOUTS = (("tiny", "pretrain", 128, 4, "+mbs1"),)  # without a GPU
+
+
+def layout_rows(models, gpus):
+    """The rows of --layouts: one GPU, and every TP x PP x CP x DP of `gpus` of them, by powers of two."""
+    rows, powers = {}, [2**n for n in range(gpus.bit_length())]
+    layouts = [(1, 1, 1, 1)]
+    layouts += [(t, p, c, gpus // (t * p * c)) for t, p, c in itertools.product(powers, repeat=3) if t * p * c <= gpus]
+    for model, kind, seq, samples, changes in models:
+        for layout in dict.fromkeys(layouts):
+            tp, pp, cp, dp = layout
+            named = [f"{name}{size}" for name, size in zip(("tp", "pp", "cp", "dp"), layout) if size > 1]
+            shared = {"model": model, "kind": kind, "seq": seq, "gbs": samples * tp * pp * cp * dp, "layout": layout}
+            ours = [f"ours{changes}"]
+            if kind != "lora":  # a finetune recipe has no distributed optimizer whose collectives could be overlapped
+                ours += [f"ours{changes}+nooverlap profile"] if dp * cp > 1 else []
+            ours += [f"ours{changes}+vpp"] if pp > 1 else []
+            rows["-".join(["layout", model, kind, *(named or ["one"])])] = (shared, (f"stock{changes}", *ours))
+    return rows
 
 
 def parse_args(argv=None):
@@ -198,6 +230,8 @@ def parse_args(argv=None):
         "--contestants", nargs="+", help="only these of the rows' contestants, or others, in this order"
     )
     parser.add_argument("--seconds", type=float, default=540, help="start no cell that would end later than this [540]")
+    parser.add_argument("--layouts", action="store_true", help="also the rows layout-*, of all layouts of --gpus")
+    parser.add_argument("--gpus", type=int, help="[all of this machine]")
     parser.add_argument("--steps", type=int, help="timed steps [15; the ablations 8]")
     parser.add_argument(
         "--profile", action="store_true", help="also time the kernels of two steps, and the GPU's idle share"
@@ -205,7 +239,10 @@ def parse_args(argv=None):
     parser.add_argument("--results", default="benchmarks/gpu.json", help="read and added to [benchmarks/gpu.json]")
     parser.add_argument("--again", action="store_true", help="measure again what the results hold")
     parser.add_argument(
-        "--accelerator", choices=("gpu", "cpu"), default="gpu", help="cpu: a rehearsal of the rows tiny [gpu]"
+        "--accelerator",
+        choices=("gpu", "cpu"),
+        default="gpu",
+        help="cpu: a rehearsal of the rows tiny, and of --layouts [gpu]",
     )
     parser.add_argument("--table", action="store_true", help="print what was measured, and stop")
     parser.add_argument("--plot", metavar="FILE", help="with --table: draw it as well")
@@ -220,7 +257,8 @@ def selected(name):
 
 def cells(args):
     """What to measure, in order."""
-    for row in [row for name in args.rows for row in selected(name)]:
+    names = [*args.rows, *(["layout"] if args.layouts else [])]
+    for row in [row for name in names for row in selected(name)]:
         shared, contestants = ROWS[row]
         for contestant in args.contestants or contestants:
             name, profile, _ = contestant.partition(" profile")
@@ -229,6 +267,7 @@ def cells(args):
                 "steps": 15,
                 "warmup": 4,
                 "lr": 1e-4,
+                "layout": (1, 1, 1, 1),
                 "data_seed": 1,
                 **shared,
                 **({"steps": args.steps} if args.steps else {}),
@@ -243,12 +282,12 @@ def cells(args):
 
 
 class Standby:
-    """Processes that have imported a stack ahead and wait for their cell; each measures one, and ends."""
+    """Groups of `world` processes that have imported a stack ahead and wait; each group measures one cell, and ends."""
 
     AHEAD = {"nemo": 3, "peers": 2, "ceilings": 1}  # importing NeMo takes longer than most cells
 
-    def __init__(self, stack, args, folder, count):
-        self.stack, self.accelerator, self.left = stack, args.accelerator, count
+    def __init__(self, stack, args, folder, count, world=1):
+        self.stack, self.accelerator, self.left, self.world = stack, args.accelerator, count, world
         self.log = open(folder / f"{stack}.log", "ab", buffering=0)
         self.waiting = []
         self.refill()
@@ -268,40 +307,74 @@ class Standby:
                 path = [str(ROOT / "nemo_tutorial" / "no_gpu"), os.environ.get("PYTHONPATH")]
                 environment |= {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join(filter(None, path))}
             command = [sys.executable, "-u", __file__, "--serve", self.stack, "--accelerator", self.accelerator]
-            process = subprocess.Popen(
-                command,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=self.log,
-                env=environment,
-                text=True,
-                start_new_session=True,  # to be ended with all that it started
-            )
-            self.waiting.append(process)
+            if self.world > 1:
+                environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+            group = []
+            for rank in range(self.world):
+                ranks = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "WORLD_SIZE": self.world}
+                ranks |= {"LOCAL_WORLD_SIZE": self.world, "TORCHELASTIC_RUN_ID": "benchmark"}  # Lightning asks for it
+                process = subprocess.Popen(
+                    command,
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=self.log,
+                    env=environment | ({name: str(value) for name, value in ranks.items()} if self.world > 1 else {}),
+                    text=True,
+                    start_new_session=True,  # to be ended with all that it started
+                )
+                group.append(process)
+            self.waiting.append(group)
 
     def ask(self, cell, seconds):
         """The cell's row; {"error": ...} if it failed or took more than `seconds`."""
         if not self.waiting:  # a second try of a cell
             self.left += 1
             self.refill()
-        process = self.waiting.pop(0)
+        group = self.waiting.pop(0)
         try:
-            process.stdin.write(json.dumps(cell) + "\n")
-            process.stdin.flush()
-            ready, _, _ = select.select([process.stdout], [], [], seconds)
-            if not ready:
-                return {"error": f"stopped after {seconds:.0f} s"}
-            line = process.stdout.readline()
+            for process in group:
+                process.stdin.write(json.dumps(cell) + "\n")
+                process.stdin.flush()
+            answers = []
+            while len(answers) < len(group):
+                waiting = [process.stdout for process in group if process.stdout not in dict(answers)]
+                # Those that have measured answer together; where one has failed, the others may wait for ever.
+                ready, _, _ = select.select(waiting, [], [], 10 if answers else seconds)
+                if not ready:
+                    break
+                answers += [
+                    (pipe, json.loads(pipe.readline() or '{"error": "its process died; see the log"}'))
+                    for pipe in ready
+                ]
         except BrokenPipeError:
-            line = ""
+            return {"error": "its process died; see the log"}
         finally:
-            end(process)
+            for process in group:
+                end(process)
             self.refill()
-        return json.loads(line) if line else {"error": "its process died; see the log"}
+        if not answers:
+            return {"error": f"stopped after {seconds:.0f} s"}
+        return together([dict(answers).get(process.stdout) for process in group])
 
     def close(self):
-        for process in self.waiting:
+        for process in itertools.chain.from_iterable(self.waiting):
             end(process, patience=0)
+
+
+def together(rows):
+    """The ranks' rows as one: the first's, with the largest memory of all, and the loss of the last pipeline stage."""
+    failed = [row for row in rows if row and "error" in row]
+    if failed or None in rows:
+        return failed[0] if failed else {"error": "not all ranks answered; see the log"}
+    largest = {name: max(row[name] for row in rows) for name in ("allocated_gb", "reserved_gb") if name in rows[0]}
+    return rows[0] | largest | ({"loss": rows[-1]["loss"]} if "loss" in rows[-1] else {})
+
+
+def free_port():
+    """A TCP port that is free now."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
 
 
 def end(process, patience=3):
@@ -402,6 +475,14 @@ def machine():
     return found.splitlines()[0], versions
 
 
+def gpus_here():
+    """GPUs that this process may use."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return len([name for name in visible.split(",") if name])
+    return subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout.count("GPU ")
+
+
 def run(args):
     """Measure the cells that the results lack."""
     began = time.monotonic()
@@ -415,8 +496,8 @@ def run(args):
     ]
     folder = Path(args.results).resolve().parent / "gpu_logs"
     folder.mkdir(parents=True, exist_ok=True)
-    count = collections.Counter(cell["stack"] for cell in todo)
-    standby = {stack: Standby(stack, args, folder, count[stack]) for stack in count}
+    count = collections.Counter((cell["stack"], math.prod(cell["layout"])) for cell in todo)
+    standby = {key: Standby(key[0], args, folder, count[key], key[1]) for key in count}
     try:
         if args.accelerator == "gpu" and todo:
             standby["ceilings"] = Standby("ceilings", args, folder, 1)
@@ -431,13 +512,15 @@ def run(args):
             start = time.monotonic()
             sizes = [size for size in MICRO_BATCHES if cell["gbs"] % size == 0] if cell["stack"] == "peers" else [None]
             for size in sizes:
-                row = standby[cell["stack"]].ask({**cell, "mbs": size}, args.seconds - (time.monotonic() - began))
+                row = standby[cell["stack"], math.prod(cell["layout"])].ask(
+                    {**cell, "mbs": size}, args.seconds - (time.monotonic() - began)
+                )
                 if "out of memory" not in row.get("error", ""):
                     break
             took = time.monotonic() - start
             longest = max(longest, took) if cell is not todo[0] else 0  # the first waits for the import
             row |= {"machine": name, "wall_s": round(took, 1), "date": time.strftime("%Y-%m-%d %H:%M")}
-            row |= {key: cell[key] for key in ("model", "kind", "seq", "gbs", "seed")}
+            row |= {key: cell[key] for key in ("model", "kind", "seq", "gbs", "seed", "layout")}
             results["rows"].setdefault(cell["row"], {})[f"{cell['name']} @ {name}"] = row
             save(args.results, results)
             print(line(cell["row"], cell["name"], row), flush=True)
@@ -452,9 +535,11 @@ def line(row, name, found):
         return f"{row:14} {name:40} {found['error'][:150]}  [{found['wall_s']} s]"
     idle = found.get("kernels") and f" idle {found['kernels']['idle']:.1%}"
     padding = f" padding {found['padding']:.1%}" if "padding" in found else ""
+    world = math.prod(found.get("layout", ()))
     memory = f"{found.get('allocated_gb', 0)}/{found.get('reserved_gb', 0)} GB"
     return (
-        f"{row:14} {name:40} {found['tok_s']:>7,} tok/s  {found['tflops']:6.1f} TFLOP/s  MFU {found['mfu']:.1%}  "
+        f"{row:14} {name:40} {found['tok_s']:>7,} tok/s{' a GPU' if world > 1 else ''}  "
+        f"{found['tflops']:6.1f} TFLOP/s  MFU {found['mfu']:.1%}  "
         f"{found['step_s']:.3f} s ({found['step_min']:.3f}-{found['step_max']:.3f})  mbs {found['micro_batch_size']}  "
         f"{memory}  loss {found['loss'][0]:.3f} -> {found['loss'][-1]:.3f}{idle or ''}{padding}  [{found['wall_s']} s]"
     )
@@ -530,11 +615,14 @@ def plot(results, path):
 
 def main(argv=None):
     args = parse_args(argv)
+    if args.layouts:
+        models = LAYOUT_MODELS if args.accelerator == "gpu" else REHEARSED_LAYOUTS
+        ROWS.update(layout_rows(models, args.gpus or gpus_here()))
     if args.serve:
         serve(args)
     elif args.table:
         table(args)
-    elif not args.rows or not all(map(selected, args.rows)):
+    elif not (args.rows or args.layouts) or not all(map(selected, args.rows)):
         wrong = [name for name in args.rows if not selected(name)]
         terminal.fail([f"--rows {' '.join(wrong)}: choose from {', '.join(ROWS)}"])
     else:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import os
 import random
 from pathlib import Path
@@ -266,6 +267,11 @@ def without_ours(recipe):
     ]
 
 
+def virtual_stages(recipe):
+    """Two virtual pipeline stages a GPU."""
+    recipe.trainer.strategy.virtual_pipeline_model_parallel_size = 2
+
+
 def log_every(steps):
     def change(recipe):
         recipe.trainer.log_every_n_steps = steps
@@ -296,6 +302,7 @@ CHANGES = {
     "no_distopt": lambda recipe: setattr(recipe.optim.config, "use_distributed_optimizer", False),
     "gc": collect(100),
     "log10": log_every(10),
+    "vpp": virtual_stages,
     "no_callbacks": without_ours,
     "no_progress": without("Progress"),
     "no_guard": without("LossGuard"),
@@ -328,13 +335,15 @@ def flags(cell):
     spec = importlib.util.spec_from_file_location(path.stem, path)
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
-    words = f"--dataset_path none --experiment benchmark --num_gpus 1 --accelerator {cell['accelerator']}"
+    tp, pp, cp, _ = cell["layout"]
+    words = f"--dataset_path none --experiment benchmark --num_gpus {math.prod(cell['layout'])}"
+    words += f" --accelerator {cell['accelerator']} -T {tp} -P {pp} -C {cp}"
     words += f" --seq_length {cell['seq']} --global_batch_size {cell['gbs']} --max_steps {cell['total']}"
     words += f" --lr {cell['lr']} --min_lr {cell['lr'] / 10} --warmup_steps {max(1, cell['total'] // 10)}"
     words += f" --val_check_interval {cell['total']} --limit_val_batches 1"
     words += " --peft lora" if cell["kind"] == "lora" else ""
     args = script.parse_args(words.split())
-    args.sequence_parallel, args.log_interval = False, 10  # the interval of a run of 1,000 steps and more
+    args.sequence_parallel, args.log_interval = tp > 1, 10  # the interval of a run of 1,000 steps and more
     return args
 
 
@@ -394,10 +403,10 @@ def build(cell, steps, tokenizer):
         chosen = [setting for setting in performance.settings(args) if setting.name.replace(" ", "_") not in dropped]
         recipes.set_performance(recipe, args, chosen)
     else:
-        for size in ("tensor_model", "pipeline_model", "context"):
-            setattr(strategy, f"{size}_parallel_size", 1)
-        strategy.sequence_parallel, strategy.virtual_pipeline_model_parallel_size = False, None
-        strategy.pipeline_dtype = None
+        for name, size in zip(("tensor_model", "pipeline_model", "context"), cell["layout"]):
+            setattr(strategy, f"{name}_parallel_size", size)
+        strategy.sequence_parallel, strategy.virtual_pipeline_model_parallel_size = args.sequence_parallel, None
+        strategy.pipeline_dtype = torch.bfloat16 if args.pipeline_model_parallel_size > 1 else None
         trainer.max_steps, trainer.val_check_interval = cell["total"], cell["total"]
         trainer.limit_test_batches = 0
         scheduler = recipe.optim.lr_scheduler
@@ -454,21 +463,22 @@ def measure(cell, tokenizer):
             if found:
                 return
             shape = pl_module.config
-            weights = list(pl_module.parameters())
+            weights = list(pl_module.parameters())  # of this rank
             count = sum(weight.numel() for weight in weights)
-            embedding = 0 if shape.share_embeddings_and_output_weights else shape.vocab_size * shape.hidden_size
             trained = sum(weight.numel() for weight in weights if weight.requires_grad)
             found["parameters"], found["trained"] = count, trained
-            products = count - embedding
+            products = arithmetic(shape).active_parameters
+            if not shape.share_embeddings_and_output_weights:
+                products -= shape.vocab_size * shape.hidden_size
             found["flops"] = gpu_measure.flops_a_token(
-                products, products if trained == count else trained, shape.num_layers, shape.hidden_size, cell["seq"]
+                products, products * trained / count, shape.num_layers, shape.hidden_size, cell["seq"]
             )
             found["micro_batch_size"] = recipe.data.micro_batch_size
             found["settings"] = settings(recipe)
 
     recipe.trainer.callbacks = [*recipe.trainer.callbacks, Sizes()]
     fdl.build(recipe)()
-    tokens = cell["gbs"] * cell["seq"]
+    tokens = cell["gbs"] * cell["seq"] // math.prod(cell["layout"])  # a GPU
     if COUNTED:  # only what is no padding counts
         every, real = (sum(int(pair[i]) for pair in COUNTED) for i in (0, 1))
         tokens = real // steps.total

@@ -255,8 +255,9 @@ class LossGuard(Callback):
 class Heartbeat(Callback):
     """End this rank, and those beside it, when nothing has moved for `seconds`: a rank that hangs holds all others.
 
-    What moves is a micro batch, not a step, which may take minutes. Until the first step is done, and while a
-    checkpoint is written, `SLOW` seconds count.
+    What moves is a micro batch, not a step, which may take minutes; while a checkpoint is saved on one node, its files.
+    Until the first step is done, while checkpoints are saved on several nodes, of whose disks this one knows nothing,
+    and for all else between steps `SLOW` seconds count.
     """
 
     SLOW = 1800
@@ -306,14 +307,40 @@ class Heartbeat(Callback):
         self.deadline = math.inf
         faulthandler.cancel_dump_traceback_later()
 
+    def _saves(self):
+        """Whether the main thread is in a checkpoint callback, Lightning's or NeMo's, of a run on one node."""
+        frames = traceback.walk_stack(sys._current_frames()[self.main])
+        names = (Path(frame.f_code.co_filename).name for frame, _ in frames)
+        return self.trainer.num_nodes == 1 and "model_checkpoint.py" in names
+
+    def _files(self):
+        """What changes while a checkpoint is saved: number and size of the files; the time, while a disk is awaited."""
+        sizes = []
+        for folder, _, names in os.walk(Path(self.folder).parent / "checkpoints"):
+            for name in names:
+                with contextlib.suppress(OSError):
+                    sizes.append(os.lstat(os.path.join(folder, name)).st_size)
+        waits = False
+        with contextlib.suppress(psutil.NoSuchProcess):
+            ranks = psutil.Process().parent().children(recursive=True)
+            waits = any(process.status() == psutil.STATUS_DISK_SLEEP for process in ranks)
+        return len(sizes), sum(sizes), time.monotonic() if waits else None
+
     def _watch(self):
-        before = time.monotonic()
+        before, moved, looked, seen = time.monotonic(), math.inf, 0, None
         while True:
             now = time.monotonic()
             if now - before > 10:  # all of this process stood still, as in a job that Slurm suspends
                 self.deadline += now - before
+                moved += now - before
             before = now
-            if now > self.deadline:
+            if not self._saves():
+                moved = math.inf
+            elif moved == math.inf or now > looked + self.seconds / 8:
+                looked, found = now, self._files()
+                if moved == math.inf or found != seen:
+                    moved, seen = now, found
+            if now > min(self.deadline, moved + self.seconds):
                 break
             if self.deadline < math.inf:
                 # A thread of C: it ends the process when this one gets no turn, as where C code holds Python's lock.

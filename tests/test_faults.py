@@ -304,23 +304,28 @@ def test_a_second_signal_hurries(stages):
 
 @pytest.mark.full
 @pytest.mark.nemo
-@pytest.mark.parametrize("fault", ["stopped", "killed", "exception"])
+@pytest.mark.parametrize("fault", ["stopped", "stopped while saving", "killed", "exception"])
 def test_all_ranks_end(stages, fault):
     """Within 120 s, with the default --hang_timeout, and what happened is said."""
-    run = Run(stages, f"ends_{fault}", *TRAIN, "--max_steps", 5000, "--val_check_interval", 5000)
+    saving = "saving" in fault
+    steps = 8 if saving else 5000
+    run = Run(stages, f"ends_{fault.replace(' ', '_')}", *TRAIN, "--max_steps", 5000, "--val_check_interval", steps)
     run.wait_for_steps(5)
     ranks = run.ranks()
+    while saving and not list(run.path.glob("checkpoints/*-unfinished")):
+        time.sleep(0.01)
     began = time.monotonic()
-    ranks[1].send_signal({"stopped": signal.SIGSTOP, "killed": signal.SIGKILL, "exception": signal.SIGUSR2}[fault])
+    kind = fault.split()[0]
+    ranks[1].send_signal({"stopped": signal.SIGSTOP, "killed": signal.SIGKILL, "exception": signal.SIGUSR2}[kind])
     while any(rank.is_running() and rank.status() != psutil.STATUS_ZOMBIE for rank in ranks):
         assert time.monotonic() - began < 120
         time.sleep(0.5)
     print(f"{fault}: all ranks gone after {time.monotonic() - began:.0f} s")
     code, said = run.wait(60)
     assert code == 1, said[-3000:]
-    if fault == "stopped":
+    if kind == "stopped":
         assert re.search(r"hang at step \d+, rank 0, samples \d+ to \d+", said), said[-3000:]
-    if fault == "exception":
+    if kind == "exception":
         assert re.search(r"exception at step \d+, rank 1, samples \d+ to \d+: RuntimeError: injected", said)
 
 
