@@ -59,7 +59,7 @@ ROWS = {
         {"model": "1b", "kind": "pretrain", "seq": 8192, "gbs": 16},
         ("stock+mbs2+fp8_current", "ours+fp8_current", "ours+fp8_delayed"),
     ),
-    # Of 80 GB: a micro batch of two needs a smaller optimizer.
+    # Micro batches of four take more than 80 GB.
     "3b-4096": (
         {"model": "3b", "kind": "pretrain", "seq": 4096, "gbs": 16},
         ("stock", "ours", "ours+mbs4", *PEERS_FULL),

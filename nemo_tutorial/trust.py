@@ -100,6 +100,7 @@ nemo.utils.exp_manager TimingCallback DeltaTimingCallback
 nemo_tutorial.callbacks ^
 nemo_tutorial.hooks ^
 nemo_tutorial.loggers MLflow WeightsAndBiases
+nemo_tutorial.lora AddedInProduct
 nemo_tutorial.network_check NetworkCheck
 nemo_tutorial.progress Progress
 nemo_tutorial.samples Samples

@@ -68,6 +68,23 @@ def test_contexts_of_stock_recipes(stages, context, family):
         assert trust.problems(context(trainer, model, parts["data"])) == []
 
 
+def test_contexts_of_our_settings_of_speed(stages, context):
+    """LoRA with all that `--performance auto` may add, as on a GPU."""
+    from nemo.collections import llm
+
+    from nemo_tutorial import performance, recipes
+
+    recipe = llm.llama32_1b.finetune_recipe(dir="results", name="x", num_gpus_per_node=1, peft_scheme="lora")
+    recipes.set_performance(recipe, None, performance.SETTINGS)
+    parts = built(recipe, stages)
+    parts["trainer"].callbacks += [parts["peft"]]
+    found = context(parts["trainer"], parts["model"], parts["data"])
+    added = [setting.callback.rpartition(".")[2] for setting in performance.SETTINGS if setting.callback]
+    text = "".join(path.read_text(errors="replace") for path in (found / "context").iterdir() if path.is_file())
+    assert added and all(name in text for name in added)
+    assert trust.problems(found) == []
+
+
 @pytest.mark.full
 def test_contexts_with_stock_callbacks(stages, context):
     """NeMo's and Lightning's callbacks, optimizers and schedules, as users set them."""
