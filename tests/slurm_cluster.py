@@ -35,6 +35,8 @@ AccountingStorageType=accounting_storage/none
 JobAcctGatherType=jobacct_gather/none
 MpiDefault=none
 KillWait=20
+# A warning that is due comes up to half a minute later, when limits are looked at: not at the limit itself.
+OverTimeLimit=1
 SchedulerParameters=sched_interval=2,bf_interval=5
 NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={port1} CPUs=4 RealMemory=8000 State=UNKNOWN
 NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={port2} CPUs=4 RealMemory=8000 State=UNKNOWN
