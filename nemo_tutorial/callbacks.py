@@ -161,15 +161,13 @@ class RandomState(Callback):
         megatron_init._set_random_seed(max(1, (self.seed + 1_000_003 * (trainer.global_step + 1)) % 2**31))
 
 
-def write_failure(folder, trainer, kind, message):
+def write_failure(folder, trainer, kind, message, step=None):
     """Write down why a run ends: `folder`/failure.json, by the rank that sees it first; the others' are dropped.
 
-    Fields: kind, rank, step (the one that runs, counted from 1), samples ([first, last] of that step), message.
+    Fields: kind, rank, step (counted from 1; by default the one that runs), samples ([first, last] of it), message.
     """
     sampler = getattr(trainer.datamodule, "data_sampler", None)
-    step, batch = trainer.global_step + 1, getattr(sampler, "global_batch_size", None)
-    if kind in ("NaN", "spike"):
-        step -= 1  # seen after it
+    step, batch = step or trainer.global_step + 1, getattr(sampler, "global_batch_size", None)
     values = {
         "kind": kind,
         "rank": trainer.global_rank,
@@ -224,6 +222,13 @@ class LossGuard(Callback):
                 self._stop(trainer, "spike", what)
         self.before.append(loss)
 
+    def on_validation_end(self, trainer, pl_module):
+        loss = float(trainer.callback_metrics.get("val_loss", 0.0))
+        if not math.isfinite(loss):  # of the validation's own rows, or of weights that a checkpoint is about to keep
+            for name, weights in pl_module.named_parameters():
+                if not bool(torch.isfinite(weights.detach().float()).all()):
+                    self._stop(trainer, "NaN", f"the validation loss is {loss}, and {name} has NaN or infinity")
+
     def _bad_micro_batches(self):
         def bad(value):
             if isinstance(value, dict):
@@ -235,7 +240,7 @@ class LossGuard(Callback):
         return [number for number, output in enumerate(self.outputs or ()) if bad(output)]
 
     def _stop(self, trainer, kind, message):
-        write_failure(self.folder, trainer, kind, message)
+        write_failure(self.folder, trainer, kind, message, step=trainer.global_step)  # seen after it
         raise SystemExit(1)
 
     def on_exception(self, trainer, pl_module, exception):

@@ -329,6 +329,32 @@ def test_all_ranks_end(stages, fault):
         assert re.search(r"exception at step \d+, rank 1, samples \d+ to \d+: RuntimeError: injected", said)
 
 
+@pytest.mark.nemo
+def test_nan_weights_are_not_saved(tmp_path):
+    """A validation loss of NaN ends the run if weights are NaN, as the last step's; an exception is the next one's."""
+    import torch
+
+    from nemo_tutorial import callbacks
+
+    sampler, metrics = Namespace(global_batch_size=8), {"val_loss": torch.tensor(float("nan"))}
+    trainer = Namespace(
+        datamodule=Namespace(data_sampler=sampler), callback_metrics=metrics, global_step=20, global_rank=1
+    )
+    model, guard = torch.nn.Linear(2, 2), callbacks.LossGuard(str(tmp_path))
+    guard.on_validation_end(trainer, model)
+    assert not list(tmp_path.iterdir())
+    model.bias.data[1] = float("nan")
+    with pytest.raises(SystemExit):
+        guard.on_validation_end(trainer, model)
+    found = json.loads((tmp_path / faults.FAILURE).read_text())
+    assert (found["kind"], found["rank"], found["step"], found["samples"]) == ("NaN", 1, 20, [152, 159])
+    assert "bias has NaN" in found["message"]
+    (tmp_path / faults.FAILURE).unlink()
+    guard.on_exception(trainer, model, RuntimeError("found NaN in local grad norm"))
+    found = json.loads((tmp_path / faults.FAILURE).read_text())
+    assert (found["kind"], found["step"], found["samples"]) == ("NaN", 21, [160, 167])
+
+
 @pytest.mark.full
 @pytest.mark.nemo
 def test_nan_stops_before_the_checkpoint(stages):
