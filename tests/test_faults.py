@@ -441,7 +441,7 @@ def test_dropout_goes_on_bit_equal(rows):
     code, said = run.wait()
     assert code == 143, said[-3000:]
     stopped = checkpoints.step(checkpoints.latest(run.path))
-    assert 13 <= stopped < 40
+    assert 10 < stopped < 40  # after a checkpoint, and the validations are lines too
     run = Run(rows, "lora_stopped", *flags, of="finetuning/finetune.py")
     assert run.wait()[0] == 0, run.said()[-3000:]
     assert losses(run.path) == losses(calm.path)
