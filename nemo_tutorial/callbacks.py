@@ -151,6 +151,20 @@ class OwnSchedule(Callback):
                 config.scheduler.step()
 
 
+class OneEpoch(Callback):
+    """Let a fine-tuning run that goes on read to its end: only --max_steps ends it.
+
+    NeMo's batch sampler has the length of what is left, and Lightning adds to what it reads what was read before: it
+    would end the epoch early, and read the same rows once more.
+    """
+
+    def on_train_start(self, trainer, pl_module):
+        sampler = getattr(trainer.datamodule, "data_sampler", None)
+        if trainer.global_step and getattr(sampler, "dataloader_type", None) == "batch":
+            trainer.fit_loop.max_batches = math.inf
+            trainer.fit_loop._data_fetcher.length = None
+
+
 class RandomState(Callback):
     """Seed every step by its number, so that a run that was interrupted draws the same dropout: NeMo saves no state."""
 

@@ -166,6 +166,7 @@ def set_training(recipe, args):
         own.append(run.Config(callbacks.KeepLastOptimizer, str(record.parent)))
     own += [
         run.Config(callbacks.OwnSchedule),
+        run.Config(callbacks.OneEpoch),
         run.Config(callbacks.RandomState, args.seed),
         run.Config(callbacks.Heartbeat, str(record), args.hang_timeout),
         run.Config(callbacks.LossGuard, str(record), args.max_loss_spike),
