@@ -35,7 +35,7 @@ from pathlib import Path
 # Nothing is installed: make the repository root importable, wherever the script is started from.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from nemo_tutorial import terminal
+from nemo_tutorial import preflight, terminal
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -475,14 +475,6 @@ def machine():
     return found.splitlines()[0], versions
 
 
-def gpus_here():
-    """GPUs that this process may use."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return len([name for name in visible.split(",") if name])
-    return subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout.count("GPU ")
-
-
 def run(args):
     """Measure the cells that the results lack."""
     began = time.monotonic()
@@ -617,7 +609,7 @@ def main(argv=None):
     args = parse_args(argv)
     if args.layouts:
         models = LAYOUT_MODELS if args.accelerator == "gpu" else REHEARSED_LAYOUTS
-        ROWS.update(layout_rows(models, args.gpus or gpus_here()))
+        ROWS.update(layout_rows(models, args.gpus or preflight.gpus_here()))
     if args.serve:
         serve(args)
     elif args.table:
