@@ -303,18 +303,19 @@ def test_remote_code(stages, many, tmp_path):
         assert (many.folder / "own_hf" / name).read_bytes() == (source / name).read_bytes(), name
 
 
-def test_no_shared_folder_is_touched(stages, tmp_path):
+def test_no_shared_folder_is_touched(stages, tmp_path, monkeypatch):
     """/tmp/nemo_tokenizer, where stock NeMo puts everyone's tokenizer, is neither read nor written; nothing stays."""
     from nemo_tutorial import conversion, models
 
     source = stages / "hf_model/tiny"
-    before = set(Path(tempfile.gettempdir()).glob("nemo_tutorial_*"))
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))  # /tmp is also the other test process's
     with touching("/tmp/nemo_tokenizer") as touched:
         conversion.import_model(source, models.from_hf(source), tmp_path / "nemo")
         conversion.export(tmp_path / "nemo", tmp_path / "back")
     assert touched == []
     gc.collect()
-    assert set(Path(tempfile.gettempdir()).glob("nemo_tutorial_*")) <= before
+    assert not list((tmp_path / "temporary").glob("nemo_tutorial_*"))
 
 
 # Imports NeMo once; each line of its input is then a command, run in a process of its own (fork): a script, its
