@@ -11,9 +11,11 @@ writes data/custom_dataset/preprocessed/wikinews_text_document.bin and .idx, .js
 tokenizer against it) and .png (the lengths). Killed, the same command goes on from what was finished.
 """
 
+import contextlib
 import ctypes
 import errno
 import itertools
+import json
 import os
 import shutil
 import sys
@@ -80,11 +82,19 @@ def input_problems(args):
 
 def choose_tokenizer(args, sample):
     """The fastest library with Hugging Face's ids: (reference, texts -> ids, library, tokens a byte of the sample)."""
-    # In a process of its own, which ends: transformers takes 300 MB.
-    task = args.tokenizer_type, args.add_bos, sample
-    reference, texts, expected = next(workers.ordered(reference_ids, [task], 1))
-    if isinstance(reference, str):
-        terminal.fail([reference])
+    # In a process of its own, which ends: transformers takes 150 MB. What can be done meanwhile, is.
+    parts = itertools.chain(["begun"], tokenization.reference(args.tokenizer_type, args.add_bos, sample))
+    with contextlib.closing(workers.ordered(lambda _: next(parts), range(3), 1)) as answers:
+        try:
+            next(answers)
+            dataset_report.import_matplotlib()
+            reference = next(answers)
+            if reference.json:
+                reference.fingerprint = tokenization.fingerprint(json.loads(reference.json))
+                give_memory_back()
+            reference.lost_by_nemo, texts, expected = next(answers)
+        except tokenization.Unusable as error:
+            terminal.fail([str(error)])
     if args.append_eod and reference.eod is None:
         terminal.fail([f"--append_eod: the tokenizer {args.tokenizer_type} has no end token"])
     if reference.lost_by_nemo:
@@ -116,13 +126,6 @@ def give_memory_back():
         ctypes.CDLL(None).malloc_trim(0)
     except (AttributeError, OSError):
         pass  # another C library than GNU's
-
-
-def reference_ids(task):
-    try:
-        return tokenization.reference(*task)
-    except tokenization.Unusable as error:
-        return str(error), None, None
 
 
 def same_ids(encode, texts, reference, expected):

@@ -49,12 +49,11 @@ def save(found, lengths, stem):
     """Write STEM.json and, with matplotlib, STEM.png; `lengths` is the file of the documents' lengths."""
     with open(stem + ".json", "w", encoding="utf-8") as file:
         json.dump(found, file, indent=2, ensure_ascii=False)
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
+    matplotlib = import_matplotlib()
+    if not matplotlib:
         terminal.warn("no histogram of the lengths: matplotlib is not installed (pip install matplotlib)")
         return
+    Figure, FigureCanvasAgg = matplotlib
     import numpy
 
     lengths, counts = lengths_of(lengths)
@@ -64,6 +63,16 @@ def save(found, lengths, stem):
     axes.stairs(numpy.histogram(lengths, edges, weights=counts)[0], edges, fill=True)
     axes.set(xscale="log", xlabel="tokens in a document", ylabel="documents", title=f"{found['documents']:,} documents")
     FigureCanvasAgg(figure).print_png(stem + ".png")
+
+
+def import_matplotlib():
+    """matplotlib's Figure and FigureCanvasAgg; None if it is not installed. Takes a second the first time."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        return None
+    return Figure, FigureCanvasAgg
 
 
 def lengths_of(path):

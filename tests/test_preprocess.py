@@ -637,7 +637,7 @@ def fuzz(count, tokenizer, folder, seed):
 def tokenizers_of(folder):
     """texts -> ids by fastokens, and by Hugging Face."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    reference, _, _ = tokenization.reference(str(folder), False, [])
+    reference = next(tokenization.reference(str(folder), False, []))
     return tokenization.load("fastokens", reference), tokenization.load("tokenizers", reference)
 
 
