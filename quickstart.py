@@ -123,11 +123,9 @@ def main(argv=None):
     print(f"{'GPU' if gpus else 'no GPU: the no-GPU mode'}, {args.processes} process(es), in {folder}")
     sample, stages = ROOT / "data" / "sample", Stages(folder)
     layout = ["--num_gpus", args.processes]
-    for name in ("tensor", "pipeline", "context"):
-        layout += [
-            f"--{name}_{'model_' if name != 'context' else ''}parallel_size",
-            getattr(args, f"{name}_{'model_' if name != 'context' else ''}parallel_size"),
-        ]
+    for name in ("tensor_model", "pipeline_model", "context"):
+        if size := getattr(args, f"{name}_parallel_size"):
+            layout += [f"--{name}_parallel_size", size]
     if args.sequence_parallel is not None:
         layout.append("--sequence_parallel" if args.sequence_parallel else "--no_sequence_parallel")
 

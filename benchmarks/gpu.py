@@ -201,6 +201,9 @@ LAYOUT_MODELS = (
     ("8b", "sft", 4096, 8, "+mbs1"),
 )
 REHEARSED_LAYOUTS = (("tiny", "pretrain", 128, 4, "+mbs1"),)  # without a GPU
+# Fifty steps of the same samples in every layout: are the losses as near to one GPU's as those of other weights are?
+LAYOUT_PARITY = {"kind": "pretrain", "gbs": 8, "steps": 48, "warmup": 2, "lr": 3e-4}
+SEEDS = 4  # of one GPU; each layout draws its initial weights in its own order
 
 
 def layout_rows(models, gpus):
@@ -208,16 +211,19 @@ def layout_rows(models, gpus):
     rows, powers = {}, [2**n for n in range(gpus.bit_length())]
     layouts = [(1, 1, 1, 1)]
     layouts += [(t, p, c, gpus // (t * p * c)) for t, p, c in itertools.product(powers, repeat=3) if t * p * c <= gpus]
-    for model, kind, seq, samples, changes in models:
-        for layout in dict.fromkeys(layouts):
-            tp, pp, cp, dp = layout
-            named = [f"{name}{size}" for name, size in zip(("tp", "pp", "cp", "dp"), layout) if size > 1]
+    for layout in dict.fromkeys(layouts):
+        tp, pp, cp, dp = layout
+        named = [f"{name}{size}" for name, size in zip(("tp", "pp", "cp", "dp"), layout) if size > 1] or ["one"]
+        seeds = [f"ours seed {number}" for number in range(1, 1 + (SEEDS if named == ["one"] else 1))]
+        shared = {"model": models[0][0], "seq": min(2048, models[0][2]), "layout": layout, **LAYOUT_PARITY}
+        rows["-".join(["layout-parity", *named])] = (shared, seeds)
+        for model, kind, seq, samples, changes in models:
             shared = {"model": model, "kind": kind, "seq": seq, "gbs": samples * tp * pp * cp * dp, "layout": layout}
             ours = [f"ours{changes}"]
             if kind != "lora":  # a finetune recipe has no distributed optimizer whose collectives could be overlapped
                 ours += [f"ours{changes}+nooverlap profile"] if dp * cp > 1 else []
             ours += [f"ours{changes}+vpp"] if pp > 1 else []
-            rows["-".join(["layout", model, kind, *(named or ["one"])])] = (shared, (f"stock{changes}", *ours))
+            rows["-".join(["layout", model, kind, *named])] = (shared, (f"stock{changes}", *ours))
     return rows
 
 
@@ -230,7 +236,9 @@ def parse_args(argv=None):
         "--contestants", nargs="+", help="only these of the rows' contestants, or others, in this order"
     )
     parser.add_argument("--seconds", type=float, default=540, help="start no cell that would end later than this [540]")
-    parser.add_argument("--layouts", action="store_true", help="also the rows layout-*, of all layouts of --gpus")
+    parser.add_argument(
+        "--layouts", action="store_true", help="the rows layout-*, of all layouts of --gpus; or some, by --rows"
+    )
     parser.add_argument("--gpus", type=int, help="[all of this machine]")
     parser.add_argument("--steps", type=int, help="timed steps [15; the ablations 8]")
     parser.add_argument(
@@ -257,8 +265,7 @@ def selected(name):
 
 def cells(args):
     """What to measure, in order."""
-    names = [*args.rows, *(["layout"] if args.layouts else [])]
-    for row in [row for name in names for row in selected(name)]:
+    for row in dict.fromkeys(row for name in args.rows or ["layout"] for row in selected(name)):
         shared, contestants = ROWS[row]
         for contestant in args.contestants or contestants:
             name, profile, _ = contestant.partition(" profile")
@@ -550,6 +557,7 @@ def table(args):
             if found.get("kernels"):
                 print(f"  {key.split(' @ ')[0]}: {found['kernels']['classes_ms']} of {found['kernels']['step_ms']} ms")
     parity(results)
+    layout_parity(results)
     if args.plot:
         plot(results, args.plot)
 
@@ -568,6 +576,22 @@ def parity(results):
         pairs = list(zip(losses, found["stock"]))
         mean = sum(a - b for a, b in pairs) / len(pairs)
         print(f"  {name:30} {mean:+.5f}  {sum(abs(a - b) for a, b in pairs) / len(pairs):.5f}")
+
+
+def layout_parity(results):
+    """Mean loss of the second half of fifty steps in each layout, beside one GPU's with other initial weights."""
+    found = {
+        (row.removeprefix("layout-parity-"), key.split(" @ ")[0]): sum(cell["loss"][25:]) / len(cell["loss"][25:])
+        for row, contestants in results["rows"].items()
+        for key, cell in contestants.items()
+        if row.startswith("layout-parity-") and len(cell.get("loss", ())) > 25
+    }
+    seeds = [mean for (layout, _), mean in found.items() if layout == "one"]
+    if not seeds:
+        return
+    print(f"\nmean loss from step 26 on; of one GPU with {len(seeds)} seeds {min(seeds):.5f} to {max(seeds):.5f}")
+    for (layout, name), mean in found.items():
+        print(f"  {layout:16} {name:14} {mean:.5f}")
 
 
 def plot(results, path):

@@ -44,7 +44,9 @@ def flags(cell, stock):
     spec = importlib.util.spec_from_file_location(path.stem, path)
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
-    words = f"-D x --dry_run --accelerator gpu -G 1 -m {cell['micro_batch_size']} -s {cell['seq']} -g {cell['gbs']}"
+    tp, pp, cp, dp = cell.get("layout", (1, 1, 1, 1))
+    words = f"-D x --dry_run --accelerator gpu -G {tp * pp * cp * dp} -T {tp} -P {pp} -C {cp}"
+    words += f" -m {cell['micro_batch_size']} -s {cell['seq']} -g {cell['gbs']}"
     words += " --performance off" if stock else ""
     if "fp8" in settings:
         words += " --fp8"
@@ -56,7 +58,7 @@ def flags(cell, stock):
             words += f" --recompute_modules {' '.join(settings['recompute_modules'])}"
     args = script.parse_args(words.split())
     preflight.fill_hardware(args)
-    args.sequence_parallel = False
+    args.sequence_parallel = tp > 1
     return args
 
 

@@ -84,7 +84,7 @@ def parse(words, name, folder):
     spec.loader.exec_module(script)
     args = script.parse_args([*words[1:], "--dry_run"])
     model = models.from_config(folder / name / "config.json")
-    runs.hardware_problems(args)
+    runs.hardware_problems(args, model)
     runs.model_problems(args, model)
     return args, model
 

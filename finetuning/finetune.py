@@ -266,9 +266,8 @@ def build_recipe(args, model, source, data):
 
 def main(argv=None):
     args = parse_args(argv)
-    problems = runs.hardware_problems(args)
     source, model, found = runs.weights(args, fallback="newest")
-    problems += found + runs.model_problems(args, model) + peft_problems(args)
+    problems = runs.hardware_problems(args, model) + found + runs.model_problems(args, model) + peft_problems(args)
     rows, found = preflight.finetuning_data(args.dataset_path)
     problems += found + prompts.template_problems(args.prompt_template, args.system_prompt) + packing_problems(args)
     planned = args

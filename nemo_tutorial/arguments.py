@@ -333,10 +333,15 @@ def add_faults(parser):
 
 def add_parallelism(parser):
     """How the model is laid over the GPUs."""
-    group = parser.add_argument_group("parallelism")
-    group.add_argument("-T", "--tensor_model_parallel_size", type=positive, default=1, help="[1]")
-    group.add_argument("-P", "--pipeline_model_parallel_size", type=positive, default=1, help="[1]")
-    group.add_argument("-C", "--context_parallel_size", type=positive, default=1, help="[1]")
+    group = parser.add_argument_group(
+        "parallelism",
+        "chosen: where none of -T, -P and -C is given, the first layout that fits into the GPUs' memory; else 1",
+    )
+    group.add_argument("-T", "--tensor_model_parallel_size", type=positive, help="GPUs that share each layer [chosen]")
+    group.add_argument(
+        "-P", "--pipeline_model_parallel_size", type=positive, help="GPUs that share the layers out [chosen]"
+    )
+    group.add_argument("-C", "--context_parallel_size", type=positive, help="GPUs that share each sample [chosen]")
     group.add_argument(
         "--virtual_pipeline_model_parallel_size",
         type=positive,

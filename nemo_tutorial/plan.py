@@ -1,6 +1,8 @@
 """What a run will need, said before it starts: memory of a GPU and what would make it fit, disk for its checkpoints."""
 
 import argparse
+import itertools
+import math
 import shutil
 import subprocess
 from pathlib import Path
@@ -8,6 +10,41 @@ from pathlib import Path
 from nemo_tutorial import checkpoints, memory, options, preflight, schedule, terminal
 
 DEFAULT_MEMORY = 80  # GiB
+SPARE = 0.05  # of it, that a layout nobody asked for leaves free: the estimate is off by up to 4 %
+
+
+def choose_layout(args, model):
+    """Fill in TP, PP and CP: 1 where another is given, else the first layout with which `model` fits into the GPUs.
+
+    First those that leave the most replicas: each split costs communication in every layer, where a replica costs it
+    once a step. Among equals TP, within a node, before CP and PP. If none fits, 1 x 1 x 1.
+    """
+    names = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
+    given, world = any(getattr(args, name) for name in names), args.num_nodes * args.num_gpus
+    for name in names:
+        setattr(args, name, getattr(args, name) or 1)
+    if given or model is None or world == 1:
+        return
+    limit, _ = gpu_memory(args)
+    layouts = itertools.product(
+        [size for size in (1, 2, 4, 8) if size <= args.num_gpus],
+        [size for size in range(1, model.num_hidden_layers + 1) if model.num_hidden_layers % size == 0],
+        # Rows are packed as long as nobody asks for CP.
+        [1] if getattr(args, "packing", False) is not False else [1, 2, 4, 8],
+    )
+    for layout in sorted(layouts, key=lambda sizes: (math.prod(sizes), *sizes[1:])):
+        changed = argparse.Namespace(**vars(args) | dict(zip(names, layout)))
+        if changed.sequence_parallel is None:
+            changed.sequence_parallel = layout[0] > 1
+        if world % math.prod(layout) or any(_rules(changed, model)):
+            continue
+        if memory.estimate(model, changed).total <= (1 - SPARE) * limit * memory.GIB:
+            if layout != (1, 1, 1):
+                words = "TP {} x PP {} x CP {}".format(*layout)
+                print(f"no -T, -P and -C given: {words} is the first layout that fits into {limit:.3g} GiB")
+            for name, size in zip(names, layout):
+                setattr(args, name, size)
+            return
 
 
 def gpu_memory(args):
@@ -127,8 +164,12 @@ def _possible(args, model):
         args.accelerator = "gpu"  # the plan of a GPU run, made where there is none
     if getattr(args, "packing", False) and args.context_parallel_size > 1:
         return False
-    rules = (preflight.layout_problems(args), preflight.model_problems(args, model), options.problems(args, model))
-    return not any(rules) and not preflight.sequence_problems(args)
+    return not preflight.layout_problems(args) and not any(_rules(args, model))
+
+
+def _rules(args, model):
+    """The problems of a layout with the model and its options."""
+    return preflight.model_problems(args, model), options.problems(args, model), preflight.sequence_problems(args)
 
 
 def _words(change):

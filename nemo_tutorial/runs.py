@@ -134,9 +134,16 @@ def _public(path):
     return Path(path).name if Path(path).is_absolute() else str(path).rstrip("/")
 
 
-def hardware_problems(args):
-    """Fill in the accelerator, GPUs and sequence parallelism; check them and how the job is started."""
+def hardware_problems(args, model):
+    """Fill in the accelerator, GPUs, sequence length and how `model` (or None) lies over the GPUs.
+
+    Check that, and how the job is started.
+    """
     problems = preflight.fill_hardware(args)
+    if args.seq_length is None:
+        limits = (model.max_position_embeddings, model.sliding_window) if model else ()
+        args.seq_length = min([8192, *(limit for limit in limits if limit)])
+    plan.choose_layout(args, model)
     problems += preflight.layout_problems(args) + preflight.execution_problems(args) + preflight.fault_problems(args)
     problems += questions.problems(args)
     if args.sequence_parallel is None:
@@ -266,10 +273,7 @@ def data_tokenizer_problems(prefixes, source):
 
 
 def model_problems(args, model):
-    """Fill in the sequence length, and check what depends on the model's shape."""
-    if args.seq_length is None:
-        limits = (model.max_position_embeddings, model.sliding_window) if model else ()
-        args.seq_length = min([8192, *(limit for limit in limits if limit)])
+    """What depends on the model's shape."""
     if model is None:
         return preflight.sequence_problems(args) + options.problems(args, None)
     if args.seq_length > model.max_position_embeddings:

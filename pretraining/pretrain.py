@@ -95,9 +95,8 @@ def build_recipe(args, model, source, blend):
 
 def main(argv=None):
     args = parse_args(argv)
-    problems = runs.hardware_problems(args)
     source, model, found = runs.weights(args, fallback=None)
-    problems += found + runs.model_problems(args, model)
+    problems = runs.hardware_problems(args, model) + found + runs.model_problems(args, model)
     blend, epoch, found = derive_data(args)
     problems += found or runs.data_tokenizer_problems(blend.prefixes(), source)
     if args.max_steps:

@@ -10,7 +10,7 @@ import sys
 import pytest
 from conftest import LLAMA31_8B, ROOT
 
-from nemo_tutorial import memory, models, options, plan, preflight
+from nemo_tutorial import memory, models, options, plan, preflight, runs
 
 SECONDS = 0.5
 HEAVY = ("torch", "nemo", "nemo_run", "megatron", "lightning", "transformers")
@@ -52,6 +52,7 @@ def flags(load_script):
         args = load_script(script).parse_args(["-D", "x", "--dry_run", "--accelerator", "gpu", *words.split()])
         preflight.fill_hardware(args)
         args.seq_length = args.seq_length or 8192
+        plan.choose_layout(args, None)
         args.sequence_parallel = args.tensor_model_parallel_size > 1
         for name, value in fields.items():
             setattr(args, name, value)
@@ -226,6 +227,41 @@ def test_the_plan_says_so(shape, flags, capsys):
     plan.describe_memory(flags("-G 1 -g 8"), shape())
     said = capsys.readouterr().out
     assert "DOES NOT FIT" in said and "would fit" in said and "80 GiB (assumed" in said
+
+
+LLAMA31_70B = {
+    "num_hidden_layers": 80,
+    "hidden_size": 8192,
+    "intermediate_size": 28672,
+    "num_attention_heads": 64,
+}
+
+
+@pytest.mark.parametrize(
+    "fields, words, script, layout",
+    [
+        (LLAMA32_1B, "-G 8", "pretraining/pretrain.py", (1, 1, 1)),
+        ({}, "-G 8", "pretraining/pretrain.py", (2, 1, 1)),
+        ({}, "-G 8 --gpu_memory 140", "pretraining/pretrain.py", (1, 1, 1)),
+        ({}, "-G 8 --peft lora", "finetuning/finetune.py", (1, 1, 1)),
+        ({}, "-G 8 -C 2", "pretraining/pretrain.py", (1, 1, 2)),
+        ({}, "-G 8 -T 1", "pretraining/pretrain.py", (1, 1, 1)),
+        (LLAMA31_70B, "-N 8 -G 8", "pretraining/pretrain.py", (8, 1, 2)),
+        (LLAMA31_70B, "-N 8 -G 8", "finetuning/finetune.py", (8, 2, 1)),
+        (LLAMA31_70B, "-N 8 -G 8 --no_packing", "finetuning/finetune.py", (8, 1, 2)),
+        (LLAMA31_70B, "-G 8", "pretraining/pretrain.py", (1, 1, 1)),
+    ],
+)
+def test_the_layout_that_is_chosen(shape, load_script, capsys, fields, words, script, layout):
+    """The first that fits, if none is given; where none fits, the one that says so."""
+    words = f"-D x --dry_run --accelerator gpu --executor slurm -g 64 {words}".split()
+    args, model = load_script(script).parse_args(words), shape(**fields)
+    assert runs.hardware_problems(args, model) == [] and runs.model_problems(args, model) == []
+    sizes = (args.tensor_model_parallel_size, args.pipeline_model_parallel_size, args.context_parallel_size)
+    assert sizes == layout and args.sequence_parallel == (layout[0] > 1)
+    chosen = layout != (1, 1, 1) and not {"-C", "-T"} & set(words)
+    words = "no -T, -P and -C given: TP {} x PP {} x CP {} is the first layout that fits into 80 GiB".format(*layout)
+    assert capsys.readouterr().out.strip() == (words if chosen else "")
 
 
 def test_memory_of_the_gpu_that_is_found(flags, monkeypatch, tmp_path):

@@ -14,7 +14,7 @@ import time
 import pytest
 from conftest import ROOT
 
-from nemo_tutorial import executors, preflight, slurm
+from nemo_tutorial import executors, plan, preflight, slurm
 
 # Two ranks that count tenths of seconds as steps, for ever in a first start, and stop as ours do.
 RANK = """\
@@ -49,6 +49,7 @@ def submit(cluster, tmp_path, monkeypatch, load_script):
         words = ["--executor", "slurm", "--accelerator", "cpu", "-N", 2, "-E", name, "-D", "x", "-g", 2, *flags]
         args = load_script("pretraining/pretrain.py").parse_args([*map(str, words)])
         assert preflight.fill_hardware(args) + preflight.execution_problems(args) == []
+        plan.choose_layout(args, None)
         for key, value in env.items():
             monkeypatch.setenv(key, str(value))
         path = slurm.write(args, "pretraining", executors.environment(args), recipe="")

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, script
 
-from nemo_tutorial import arguments, executors, preflight, slurm
+from nemo_tutorial import arguments, executors, plan, preflight, slurm
 
 GOLDEN = Path(__file__).parent / "golden" / "slurm"
 CANARY = "hf_canary5e0c7a"
@@ -68,7 +68,9 @@ def parse(load_script):
             ["--executor", "slurm", "-D", "data/x", "-g", "64", *map(str, argv)]
         )
         args.dry_run = "plan"  # this machine needs no sbatch
-        return args, preflight.fill_hardware(args) + preflight.execution_problems(args)
+        problems = preflight.fill_hardware(args) + preflight.execution_problems(args)
+        plan.choose_layout(args, None)
+        return args, problems
 
     return parse
 
@@ -216,6 +218,7 @@ def test_slurm_options_have_no_effect_locally(load_script):
     args = load_script("pretraining/pretrain.py").parse_args("-D x -G 1 --accelerator cpu --qos high --wait".split())
     args.dry_run = "plan"
     problems = preflight.fill_hardware(args) + preflight.execution_problems(args)
+    plan.choose_layout(args, None)
     assert [problem.split()[0] for problem in problems] == ["--qos", "--wait"]
 
 
