@@ -71,19 +71,21 @@ def parse_args(argv=None):
     return args
 
 
-def packing_problems(args):
+def packing_problems(args, model):
     """Decide on packing: where it can't be, it is off with a word, but refused if it was asked for by name."""
     flag = "--packed_sequence_size" if args.packed_sequence_size else "--packing"
     asked = args.packing or args.packed_sequence_size
     if args.packed_sequence_size and args.packing is False:
         return ["--no_packing and --packed_sequence_size exclude one another; leave one out"]
-    reason = None
-    if args.context_parallel_size > 1:
+    reason, cure = None, "leave one out"
+    if model and model.family.alternating:
+        reason, cure = f"NeMo's {model.family.nemo_model}, whose attention takes no packs", "leave it out"
+    elif args.context_parallel_size > 1:
         reason = "--context_parallel_size above 1: every NeMo 2 cuts a pack wrongly there"
     elif args.micro_batch_size > 1:
         reason = f"--micro_batch_size {args.micro_batch_size}: a pack is a micro batch already, of one"
     if reason and asked:
-        return [f"{flag} does not go with {reason}; leave one out"]
+        return [f"{flag} does not go with {reason}; {cure}"]
     multiple = math.lcm(packing.MULTIPLE, args.tensor_model_parallel_size)
     if args.packed_sequence_size and args.packed_sequence_size % multiple:
         return [
@@ -269,7 +271,8 @@ def main(argv=None):
     source, model, found = runs.weights(args, fallback="newest")
     problems = runs.hardware_problems(args, model) + found + runs.model_problems(args, model) + peft_problems(args)
     rows, found = preflight.finetuning_data(args.dataset_path)
-    problems += found + prompts.template_problems(args.prompt_template, args.system_prompt) + packing_problems(args)
+    problems += found + prompts.template_problems(args.prompt_template, args.system_prompt)
+    problems += packing_problems(args, model)
     planned = args
     if not problems:
         planned, problems = estimate(args, rows)

@@ -86,11 +86,13 @@ def launch(recipe, args, name):
     # because Python leaves Ctrl-C ignored where the shell did (`script &`).
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, lambda number, frame: _on_signal(number, interrupted))
-    with run.Experiment(title, base_dir=str(Path.cwd()), skip_status_at_exit=True) as experiment:
-        experiment.add(recipe, executor=executor, name=name)
-        watched = sys.stdout.isatty()
-        bar = live.bar(args.experiment, args.max_steps, Path("results", args.experiment)) if watched else None
-        with bar or contextlib.nullcontext():
+    watched = sys.stdout.isatty()
+    bar = live.bar(args.experiment, args.max_steps, Path("results", args.experiment)) if watched else None
+    quiet = compat.supported(run.Experiment.__init__, clean_mode=watched)  # instead of NeMo-Run's own bar, of no steps
+    # Around the `with` of the experiment: it is when that is left that NeMo-Run waits.
+    with bar or contextlib.nullcontext():
+        with run.Experiment(title, base_dir=str(Path.cwd()), skip_status_at_exit=True, **quiet) as experiment:
+            experiment.add(recipe, executor=executor, name=name)
             experiment.run(detach=False, tail_logs=not watched, sequential=True)
         job = experiment.jobs[0]
     stopped = faults.read(Path("results", args.experiment), faults.PREEMPTED)

@@ -154,10 +154,11 @@ def window_problems(args, model):
             f"--seq_length {args.seq_length} is above the model's window of {model.sliding_window} tokens, which "
             f"NeMo's {model.family.nemo_model} has in the wrong layers; use --seq_length {model.sliding_window}"
         )
-    for flag in ("context_parallel_size", "packed_sequence_size"):
-        value = getattr(args, flag, None)
-        if value and value > 1:
-            problems.append(f"--{flag} {value}: NeMo's {model.family.nemo_model} can't do that; leave the flag out")
+    if args.context_parallel_size > 1:
+        problems.append(
+            f"--context_parallel_size {args.context_parallel_size}: NeMo's {model.family.nemo_model} can't do that; "
+            "leave the flag out"
+        )
     return problems
 
 

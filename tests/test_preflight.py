@@ -286,7 +286,7 @@ def test_the_window_of_gemma_2(gemma2, refused, capsys):
 def test_what_nemos_attention_of_gemma_2_cannot_do(gemma2, refused):
     flags = {"nemo_model": gemma2, "accelerator": "gpu", "num_gpus": 2, "seq_length": 48}
     refused(pretrain.main, pretraining(context_parallel_size=2, **flags), "--context_parallel_size 2", "Gemma2Model")
-    refused(finetune.main, tuning(packed_sequence_size=48, **flags), "--packed_sequence_size 48", "Gemma2Model")
+    refused(finetune.main, tuning(packed_sequence_size=48, **flags), "--packed_sequence_size", "Gemma2Model")
 
 
 @pytest.mark.parametrize("changes, parts", LAYOUT, ids=["-".join(changes) for changes, _ in LAYOUT])
@@ -500,6 +500,14 @@ def test_packing_by_default_goes_where_it_cannot_be(capsys, changes, message):
         finetune.main(tuning(**changes))
     said = [line for line in capsys.readouterr().out.splitlines() if "packing" in line]
     assert len(said) == 1 and said[0].startswith("packing is off, because of " + message)
+
+
+def test_gemma_2_is_not_packed(gemma2, refused, capsys):
+    argv = tuning(nemo_model=gemma2, seq_length=48)
+    with pytest.raises(AssertionError, match="^accepted$"):
+        finetune.main(argv)
+    assert "packing is off, because of NeMo's Gemma2Model" in capsys.readouterr().out
+    refused(finetune.main, [*argv, "--packing"], "--packing does not go with NeMo's Gemma2Model")
 
 
 def test_packing_is_on_by_default(capsys):
