@@ -11,7 +11,6 @@ writes data/custom_dataset/preprocessed/wikinews_text_document.bin and .idx, .js
 tokenizer against it) and .png (the lengths). Killed, the same command goes on from what was finished.
 """
 
-import contextlib
 import ctypes
 import errno
 import itertools
@@ -82,17 +81,11 @@ def input_problems(args):
 
 def choose_tokenizer(args, sample):
     """The fastest library with Hugging Face's ids: (reference, texts -> ids, library, tokens a byte of the sample)."""
-    # In a process of its own, which ends: transformers takes 150 MB. What can be done meanwhile, is.
-    parts = itertools.chain(["begun"], tokenization.reference(args.tokenizer_type, args.add_bos, sample))
-    with contextlib.closing(workers.ordered(lambda _: next(parts), range(3), 1)) as answers:
+    # In a process of its own, which ends: transformers takes 150 MB. matplotlib takes as long to be imported.
+    with workers.aside(lambda: tokenization.reference(args.tokenizer_type, args.add_bos, sample)) as asked:
+        dataset_report.import_matplotlib()
         try:
-            next(answers)
-            dataset_report.import_matplotlib()
-            reference = next(answers)
-            if reference.json:
-                reference.fingerprint = tokenization.fingerprint(json.loads(reference.json))
-                give_memory_back()
-            reference.lost_by_nemo, texts, expected = next(answers)
+            reference, texts, expected = asked()
         except tokenization.Unusable as error:
             terminal.fail([str(error)])
     if args.append_eod and reference.eod is None:
@@ -105,19 +98,35 @@ def choose_tokenizer(args, sample):
     if reference.json is None:
         terminal.warn(f"{args.tokenizer_type} exists in Python only: it is used as it is, slowly")
         return reference, tokenization.load("transformers", reference), "transformers", density
-    try:
-        encode = tokenization.load("fastokens", reference)
-        give_memory_back()
-        same = next(workers.ordered(lambda texts: same_ids(encode, texts, reference, expected), [texts], 1))
-        if same:
-            return reference, encode, "fastokens", density
-        why = "fastokens gives other ids than Hugging Face's tokenizer for texts of the sample"
-    except ImportError:
-        why = "fastokens is not installed here (pip install fastokens)"
-    except Exception as error:
-        why = f"fastokens does not read this tokenizer ({str(error).splitlines()[0]})"
+    with workers.aside(lambda: tokenization.fingerprint(json.loads(reference.json))) as asked:
+        encode, why = fast(reference)
+        reference.fingerprint = asked()
+    if encode:
+        try:
+            with workers.aside(lambda: same_ids(encode, texts, reference, expected)) as asked:
+                if asked():
+                    return reference, encode, "fastokens", density
+            why = "fastokens gives other ids than Hugging Face's tokenizer for texts of the sample"
+        except Exception as error:
+            why = unread(error)
     terminal.warn(f"{why}: the ids come from Hugging Face's tokenizers, at a tenth of the speed")
     return reference, tokenization.load("tokenizers", reference), "tokenizers", density
+
+
+def fast(reference):
+    """(fastokens' function from texts to ids, or None; why there is none)."""
+    try:
+        encode = tokenization.load("fastokens", reference)
+    except ImportError:
+        return None, "fastokens is not installed here (pip install fastokens)"
+    except Exception as error:
+        return None, unread(error)
+    give_memory_back()
+    return encode, None
+
+
+def unread(error):
+    return f"fastokens does not read this tokenizer ({str(error).splitlines()[0]})"
 
 
 def give_memory_back():

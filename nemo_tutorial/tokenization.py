@@ -40,8 +40,8 @@ class Reference:
     after: list
     eod: int | None
     size: int  # entries, added tokens included
-    versions: dict
     fingerprint: str | None  # None: fingerprint() of `json`, not computed yet
+    versions: dict
     lost_by_nemo: list = field(default_factory=list)  # texts for which NeMo's script would write other ids
 
 
@@ -92,10 +92,7 @@ def hugging_face(name):
 
 
 def reference(name, add_bos, texts):
-    """Yield a tokenizer's Reference, then what takes longer, while the fingerprint is computed elsewhere.
-
-    The second is (lost_by_nemo, texts: `texts`, AWKWARD and some with the added tokens, the ids of each).
-    """
+    """(Reference, texts: `texts`, AWKWARD and some with the added tokens, the ids of each)."""
     from importlib import metadata
 
     tokenizer = hugging_face(name)
@@ -110,7 +107,7 @@ def reference(name, add_bos, texts):
         if at is None:
             raise Unusable(f"--add_bos: {name} does more to a text than to put tokens around it")
         before, after = full[:at], full[at + len(plain) :]
-    yield Reference(
+    found = Reference(
         name,
         backend,
         bool(getattr(tokenizer, "split_special_tokens", False)),
@@ -118,18 +115,18 @@ def reference(name, add_bos, texts):
         after,
         tokenizer.eos_token_id,
         len(tokenizer),
-        {package: metadata.version(package) for package in ("transformers", "tokenizers")},
         None if backend else fingerprint({"model": {"vocab": tokenizer.get_vocab()}}),
+        {package: metadata.version(package) for package in ("transformers", "tokenizers")},
     )
     added = [token for token in tokenizer.get_added_vocab()]
     texts = [*texts, *AWKWARD, *(f"a {token} b{token}{token}c\n{token}" for token in added[:300])]
-    expected, lost = [python_ids(tokenizer, text, add_bos) for text in texts], []
+    expected = [python_ids(tokenizer, text, add_bos) for text in texts]
     if tokenizer.is_fast:
         # NeMo looks the tokens' text up again, and so loses added tokens that take in the spaces beside them.
         ids = [encoding.ids for encoding in tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=add_bos)]
-        lost = [text for text, own, nemo in zip(texts, ids, expected) if own != nemo]
+        found.lost_by_nemo = [text for text, own, nemo in zip(texts, ids, expected) if own != nemo]
         expected = ids
-    yield lost, texts, expected
+    return found, texts, expected
 
 
 def python_ids(tokenizer, text, add_bos):

@@ -3,6 +3,7 @@
 Why not multiprocessing.Pool: it waits for ever for the result of a worker that the kernel killed.
 """
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -42,6 +43,25 @@ def ordered(function, tasks, count):
             process.join()
 
 
+@contextlib.contextmanager
+def aside(function):
+    """Run function() in a forked process that then ends, while the block runs; yields what waits for its result.
+
+    That raises Died if the process died, and what `function` raises.
+    """
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=_once, args=(function, theirs), daemon=True)
+    process.start()
+    theirs.close()
+    try:
+        yield lambda: _result(_receive(ours, process))
+    finally:
+        ours.close()
+        process.kill()
+        process.join()
+
+
 def _results(tasks, pool):
     busy, done, wanted, given, more = [0] * len(pool), {}, 0, 0, True
     while True:
@@ -59,10 +79,8 @@ def _results(tasks, pool):
         ready = wait([connection for connection, _ in pool] + [process.sentinel for _, process in pool])
         for index, (connection, process) in enumerate(pool):
             while busy[index] and connection.poll():
-                number, result, error, where = _receive(connection, process)
-                if error:
-                    raise error from RuntimeError(f"in a worker:\n{where}")
-                done[number] = result
+                number, *answer = _receive(connection, process)
+                done[number] = _result(answer)
                 busy[index] -= 1
             if process.sentinel in ready:
                 raise Died(_cause(process))
@@ -106,11 +124,30 @@ def _serve(function, connection, inherited):
             number, task = connection.recv()
         except (EOFError, OSError):
             os._exit(0)
-        try:
-            answer = number, function(task), None, None
-        except Exception as error:
-            answer = number, None, error, traceback.format_exc()
+        answer = number, *_answer(function, task)
         try:
             connection.send(answer)
         except OSError:
             os._exit(0)
+
+
+def _once(function, connection):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with contextlib.suppress(OSError):  # nobody waits any more
+        connection.send(_answer(function))
+    os._exit(0)
+
+
+def _answer(function, *task):
+    """(result, None, None), or (None, what was raised, its traceback)."""
+    try:
+        return function(*task), None, None
+    except Exception as error:
+        return None, error, traceback.format_exc()
+
+
+def _result(answer):
+    result, error, where = answer
+    if error:
+        raise error from RuntimeError(f"in a worker:\n{where}")
+    return result

@@ -382,6 +382,22 @@ def test_a_dead_worker_ends_the_run_at_once(death):
     assert time.monotonic() - began < 5
 
 
+def test_aside():
+    """It runs while the block does; its death and what it raises are found where its result is asked for."""
+    began = time.monotonic()
+    with workers.aside(lambda: (time.sleep(0.5), os.getpid())[1]) as asked:
+        time.sleep(0.5)
+        assert asked() != os.getpid() and time.monotonic() - began < 0.9
+    with workers.aside(lambda: 1 // 0) as asked, pytest.raises(ZeroDivisionError):
+        asked()
+    with workers.aside(lambda: os.kill(os.getpid(), signal.SIGKILL)) as asked:
+        with pytest.raises(workers.Died, match="killed"):
+            asked()
+    with workers.aside(lambda: time.sleep(60)):
+        pass  # not waited for
+    assert time.monotonic() - began < 5
+
+
 def start(folder, argv):
     return subprocess.Popen(
         [sys.executable, ROOT / SCRIPT, *map(str, argv)], cwd=folder, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL
@@ -637,7 +653,7 @@ def fuzz(count, tokenizer, folder, seed):
 def tokenizers_of(folder):
     """texts -> ids by fastokens, and by Hugging Face."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    reference = next(tokenization.reference(str(folder), False, []))
+    reference, _, _ = tokenization.reference(str(folder), False, [])
     return tokenization.load("fastokens", reference), tokenization.load("tokenizers", reference)
 
 
