@@ -268,8 +268,9 @@ def without_ours(recipe):
 
 
 def virtual_stages(recipe):
-    """Two virtual pipeline stages a GPU."""
+    """Two virtual pipeline stages a GPU, with what recipes.set_parallelism sets for them."""
     recipe.trainer.strategy.virtual_pipeline_model_parallel_size = 2
+    recipe.model.config.overlap_p2p_comm, recipe.model.config.batch_p2p_comm = True, False
 
 
 def log_every(steps):

@@ -95,6 +95,12 @@ def set_parallelism(recipe, args):
     strategy.sequence_parallel = args.sequence_parallel
     # The big models' recipes set these for their own PP; with another they stop the ranks.
     strategy.virtual_pipeline_model_parallel_size = args.virtual_pipeline_model_parallel_size
+    # Megatron's own command line asks for these with parts of a stage; NeMo does not, and with PP 2 and without them
+    # two GPUs take one another's gradients for hidden values: no error, only a loss that does not fall.
+    parts = bool(args.virtual_pipeline_model_parallel_size)
+    recipe.model.config.overlap_p2p_comm, recipe.model.config.batch_p2p_comm = parts, not parts
+    # gloo may still be sending what would be freed here; NCCL's sends are in the GPU's order.
+    recipe.model.config.deallocate_pipeline_outputs = args.accelerator == "gpu"
     for name in ("account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split"):
         if getattr(strategy, name, None):
             setattr(strategy, name, False)
