@@ -25,6 +25,7 @@ import select
 import shutil
 import signal
 import socket
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -587,11 +588,14 @@ def layout_parity(results):
         if row.startswith("layout-parity-") and len(cell.get("loss", ())) > 25
     }
     seeds = [mean for (layout, _), mean in found.items() if layout == "one"]
-    if not seeds:
+    if len(seeds) < 2:
         return
-    print(f"\nmean loss from step 26 on; of one GPU with {len(seeds)} seeds {min(seeds):.5f} to {max(seeds):.5f}")
+    middle, spread = statistics.mean(seeds), statistics.stdev(seeds)
+    print(
+        f"\nmean loss from step 26 on; of one GPU with {len(seeds)} seeds {middle:.5f}, standard deviation {spread:.5f}"
+    )
     for (layout, name), mean in found.items():
-        print(f"  {layout:16} {name:14} {mean:.5f}")
+        print(f"  {layout:16} {name:14} {mean:.5f}, {(mean - middle) / spread:+.1f} of them")
 
 
 def plot(results, path):
