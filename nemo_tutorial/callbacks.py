@@ -271,12 +271,25 @@ class LossGuard(Callback):
         write_failure(self.folder, trainer, kind, f"{type(exception).__name__}: {text[:1000]}")
 
 
+_patient = []  # what patience() was asked for and runs now
+
+
+@contextlib.contextmanager
+def patience(what):
+    """Let Heartbeat wait for `what`, which moves no micro batch and may take longer than --hang_timeout."""
+    _patient.append(what)
+    try:
+        yield
+    finally:
+        _patient.remove(what)
+
+
 class Heartbeat(Callback):
     """End this rank, and those beside it, when nothing has moved for `seconds`: a rank that hangs holds all others.
 
     What moves is a micro batch, not a step, which may take minutes; while a checkpoint is saved on one node, its files.
-    Until the first step is done, while checkpoints are saved on several nodes, of whose disks this one knows nothing,
-    and for all else between steps `SLOW` seconds count.
+    `SLOW` seconds are allowed until the first step is done, for what patience() covers, and for a save on several
+    nodes, of whose disks this one knows nothing.
     """
 
     SLOW = 1800
@@ -285,52 +298,50 @@ class Heartbeat(Callback):
         self.folder, self.seconds = folder, seconds
         self.deadline, self.last, self.trainer, self.settled = math.inf, "start", None, False
 
-    def _beat(self, what, seconds=None):
+    def beat(self, what):
+        """Something has moved: `what`."""
         self.last = what
-        self.deadline = time.monotonic() + (seconds or (self.seconds if self.settled else max(self.SLOW, self.seconds)))
+        self.deadline = time.monotonic() + (self.seconds if self.settled else max(self.SLOW, self.seconds))
 
     def on_train_start(self, trainer, pl_module):
         self.trainer, self.main = trainer, threading.get_ident()
-        self._beat("the first step")
+        self.beat("the first step")
         threading.Thread(target=self._watch, daemon=True).start()
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        self._beat("a step's start")
+        self.beat("a step's start")
 
     def on_megatron_microbatch_start(self, **kwargs):
-        self._beat("a micro batch")
+        self.beat("a micro batch")
 
     def on_megatron_microbatch_end(self, **kwargs):
-        self._beat("a micro batch")
+        self.beat("a micro batch")
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         self.settled = True
-        self._beat("a step's end")
+        self.beat("a step's end")
 
     def on_validation_start(self, trainer, pl_module):
-        self._beat("a validation's start", self.SLOW)
+        self.beat("a validation's start")
 
     def on_validation_end(self, trainer, pl_module):
-        self._beat("saving", self.SLOW)
-
-    def on_save_checkpoint(self, trainer, pl_module, checkpoint):
-        self._beat("saving", self.SLOW)
+        self.beat("a validation's end")
 
     def on_train_end(self, trainer, pl_module):
-        self._beat("the end", self.SLOW)
+        self.beat("the end")
 
     def on_exception(self, trainer, pl_module, exception):
-        self._beat("the end", self.seconds)
+        self.settled = True
+        self.beat("the end")
 
     def teardown(self, trainer, pl_module, stage):
         self.deadline = math.inf
         faulthandler.cancel_dump_traceback_later()
 
     def _saves(self):
-        """Whether the main thread is in a checkpoint callback, Lightning's or NeMo's, of a run on one node."""
+        """Whether the main thread is in a checkpoint callback, Lightning's or NeMo's."""
         frames = traceback.walk_stack(sys._current_frames()[self.main])
-        names = (Path(frame.f_code.co_filename).name for frame, _ in frames)
-        return self.trainer.num_nodes == 1 and "model_checkpoint.py" in names
+        return any(Path(frame.f_code.co_filename).name == "model_checkpoint.py" for frame, _ in frames)
 
     def _files(self):
         """What changes while a checkpoint is saved: number and size of the files; the time, while a disk is awaited."""
@@ -346,24 +357,30 @@ class Heartbeat(Callback):
         return len(sizes), sum(sizes), time.monotonic() if waits else None
 
     def _watch(self):
-        before, moved, looked, seen = time.monotonic(), math.inf, 0, None
+        before, since, until, looked, seen = time.monotonic(), None, 0, 0, None  # until: of the slow work, from `since`
         while True:
             now = time.monotonic()
             if now - before > 10:  # all of this process stood still, as in a job that Slurm suspends
                 self.deadline += now - before
-                moved += now - before
-            before = now
-            if not self._saves():
-                moved = math.inf
-            elif moved == math.inf or now > looked + self.seconds / 8:
-                looked, found = now, self._files()
-                if moved == math.inf or found != seen:
-                    moved, seen = now, found
-            if now > min(self.deadline, moved + self.seconds):
+                until += now - before
+            before, saves = now, self._saves()
+            if saves or _patient:
+                since = since or now
+                if _patient or self.trainer.num_nodes > 1:
+                    until = since + self.SLOW
+                elif now == since or now > looked + self.seconds / 8:
+                    looked, found = now, self._files()
+                    if now == since or found != seen:
+                        until, seen = now + self.seconds, found
+            elif since:
+                since, until = None, now + self.seconds
+            limit = max(self.deadline, until)
+            if now > limit:
+                self.last = "a checkpoint's last write" if saves else self.last
                 break
-            if self.deadline < math.inf:
+            if limit < math.inf:
                 # A thread of C: it ends the process when this one gets no turn, as where C code holds Python's lock.
-                faulthandler.dump_traceback_later(max(self.seconds, self.deadline - now) + 5, exit=True)
+                faulthandler.dump_traceback_later(max(self.seconds, limit - now) + 5, exit=True)
             time.sleep(1)
         stack = traceback.extract_stack(sys._current_frames()[self.main])[-1]
         where = f"at {stack.filename}:{stack.lineno} in {stack.name}"
@@ -399,11 +416,12 @@ class KeepLastOptimizer(Callback):
         if saved == self.seen:
             return
         self.seen = saved
-        if trainer.is_global_zero:
-            for checkpoint in retention.older(self.run):
-                try:
-                    saved = retention.drop_optimizer(checkpoint)
-                    print(f"{checkpoint.name}: optimizer state dropped, {saved / 1e9:.3g} GB", flush=True)
-                except (OSError, ValueError) as error:
-                    print(f"warning: {checkpoint.name} keeps its optimizer state: {error}", flush=True)
-        torch.distributed.barrier(self.group)  # the checkpoint must not be removed by NeMo meanwhile
+        with patience("retention"):
+            if trainer.is_global_zero:
+                for checkpoint in retention.older(self.run):
+                    try:
+                        saved = retention.drop_optimizer(checkpoint)
+                        print(f"{checkpoint.name}: optimizer state dropped, {saved / 1e9:.3g} GB", flush=True)
+                    except (OSError, ValueError) as error:
+                        print(f"warning: {checkpoint.name} keeps its optimizer state: {error}", flush=True)
+            torch.distributed.barrier(self.group)  # the checkpoint must not be removed by NeMo meanwhile

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from lightning.pytorch import Callback
 
-from nemo_tutorial import metrics
+from nemo_tutorial import callbacks, metrics
 
 
 class Samples(Callback):
@@ -30,8 +30,14 @@ class Samples(Callback):
         asked = json.loads((Path(self.record) / "prompts.json").read_text(encoding="utf-8"))
         began, ends = time.monotonic(), set(asked["ends"])
         prompts = [prompt["tokens"] for prompt in asked["prompts"]]
+        hearts = [callback for callback in trainer.callbacks if isinstance(callback, callbacks.Heartbeat)]
+
+        def moved():
+            for heart in hearts:
+                heart.beat("a prompt's next token")
+
         with torch.no_grad(), trainer.strategy.precision_plugin.val_step_context():
-            said = greedy(list(trainer.strategy.megatron_parallel), prompts, self.tokens, ends)
+            said = greedy(list(trainer.strategy.megatron_parallel), prompts, self.tokens, ends, moved)
         if trainer.is_global_zero:
             decode = pl_module.tokenizer.tokenizer.decode
             replies = [
@@ -48,10 +54,11 @@ class Samples(Callback):
             print(f"answers to {len(prompts)} prompts in {seconds:.1f} s: {self.record}/samples.jsonl", flush=True)
 
 
-def greedy(model, prompts, tokens, ends):
+def greedy(model, prompts, tokens, ends, moved):
     """The next at most `tokens` tokens of each prompt (lists of ids), up to and with one of `ends`.
 
-    `model` is the list of this rank's pipeline chunks, in evaluation mode. Every rank calls it, and gets all answers.
+    `model` is the list of this rank's pipeline chunks, in evaluation mode. Every rank calls it, and gets all answers;
+    moved() is called for each token of a prompt.
     """
     from megatron.core import parallel_state
     from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -71,6 +78,7 @@ def greedy(model, prompts, tokens, ends):
             texts.append(texts[-1])  # an interleaved pipeline takes whole rounds of micro batches
 
         def step(texts, chunk):
+            moved()
             text = next(texts)
             # What stands behind the text does not reach it: attention is causal.
             ids = torch.tensor([text + [0] * (length - len(text))], device=device)
