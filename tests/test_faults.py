@@ -302,6 +302,67 @@ def test_a_second_signal_hurries(stages):
     assert not [rank for rank in ranks if rank.is_running() and rank.status() != psutil.STATUS_ZOMBIE]
 
 
+HEARTS = """
+import os, sys, time, types
+from pathlib import Path
+from nemo_tutorial import callbacks
+
+def wait(seconds):
+    time.sleep(seconds)
+
+saving = {"__name__": "saving"}
+exec(compile("def save(step):\\n    for _ in range(60):\\n        step()", "model_checkpoint.py", "exec"), saving)
+folder = Path(sys.argv[1])  # of the case "files" alone: in the others' nothing is written
+(folder / "checkpoints").mkdir()
+
+def grow():
+    with open(folder / "checkpoints/part", "a") as file:
+        file.write("more")
+    time.sleep(0.1)
+
+def retention():
+    with callbacks.patience("retention"):
+        wait(6)
+
+CASES = {
+    "validation": lambda heart: (heart.on_validation_start(None, None), wait(60)),
+    "validated": lambda heart: (heart.on_validation_end(None, None), wait(60)),
+    "saving": lambda heart: saving["save"](lambda: wait(1)),
+    "files": lambda heart: saving["save"](grow),
+    "retention": lambda heart: retention(),
+    "tokens": lambda heart: [(heart.beat("a token"), wait(1)) for _ in range(6)],
+    "the end": lambda heart: (heart.on_train_end(None, None), wait(60)),
+}
+trainer = types.SimpleNamespace(num_nodes=1, global_step=3, fit_loop=None, global_rank=0)
+children = {}
+for name, case in CASES.items():
+    children[name] = os.fork(), time.monotonic()
+    if not children[name][0]:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        callbacks.write_failure = lambda *words: None
+        heart = callbacks.Heartbeat(str((folder if name == "files" else folder / name) / "record"), 2)
+        heart.on_train_start(trainer, None)
+        heart.on_train_batch_end(trainer, None, None, None, 0)
+        case(heart)
+        os._exit(0)
+for name, (child, began) in children.items():
+    print(name, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), round(time.monotonic() - began), flush=True)
+"""
+
+
+@pytest.mark.nemo
+def test_what_the_heartbeat_waits_for(tmp_path):
+    """Ended within seconds where nothing moves, with validations and saves; not where files or tokens do."""
+    command = [sys.executable, "-c", HEARTS, str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = {line.rsplit(" ", 2)[0]: line.rsplit(" ", 2)[1:] for line in done.stdout.splitlines()}
+    for name in ("validation", "validated", "saving", "the end"):
+        assert found[name][0] == "1" and int(found[name][1]) < 20, found
+    for name in ("files", "retention", "tokens"):
+        assert found[name][0] == "0", found
+
+
 @pytest.mark.full
 @pytest.mark.nemo
 @pytest.mark.parametrize("fault", ["stopped", "stopped while saving", "killed", "exception"])
