@@ -20,12 +20,12 @@ def choose_layout(args, model):
     once a step. Among equals TP, within a node, before CP and PP. If none fits, 1 x 1 x 1.
     """
     names = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
-    given, world = any(getattr(args, name) for name in names), args.num_nodes * args.num_gpus
+    given = any(getattr(args, name) for name in names)
     for name in names:
         setattr(args, name, getattr(args, name) or 1)
-    if given or model is None or world == 1:
+    if given or model is None or args.num_nodes * args.num_gpus == 1:
         return
-    limit, _ = gpu_memory(args)
+    world, (limit, _) = args.num_nodes * args.num_gpus, gpu_memory(args)
     layouts = itertools.product(
         [size for size in (1, 2, 4, 8) if size <= args.num_gpus],
         [size for size in range(1, model.num_hidden_layers + 1) if model.num_hidden_layers % size == 0],

@@ -8,7 +8,7 @@ import sys
 import pytest
 from conftest import LLAMA31_8B, ROOT, TINY
 
-from nemo_tutorial import live, metrics, models, questions, throughput
+from nemo_tutorial import live, metrics, models, plan, questions, throughput
 
 
 def model(tmp_path, **fields):
@@ -147,6 +147,7 @@ def test_files_of_prompts(tmp_path, load_script, file, problem):
         (tmp_path / name).write_text(content, encoding="utf-8")
     parse = load_script("finetuning/finetune.py").parse_args
     args = parse(["-D", "x", "--generate_prompts", str(tmp_path / file)])
+    plan.choose_layout(args, None)
     problems = questions.problems(args)
     assert len(problems) == bool(problem) and (not problem or problem in problems[0])
     assert args.generate_tokens == 32
