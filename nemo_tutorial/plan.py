@@ -1,6 +1,7 @@
 """What a run will need, said before it starts: memory of a GPU and what would make it fit, disk for its checkpoints."""
 
 import argparse
+import functools
 import itertools
 import math
 import shutil
@@ -51,14 +52,17 @@ def gpu_memory(args):
     """GiB of a GPU, and where that number is from: --gpu_memory, the smallest GPU found here, or the default."""
     if args.gpu_memory:
         return args.gpu_memory, "--gpu_memory"
-    if args.executor == "local" and shutil.which("nvidia-smi"):
-        query = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
-        found = [
-            line for line in subprocess.run(query, capture_output=True, text=True).stdout.split() if line.isdigit()
-        ]
-        if found:
-            return min(map(int, found)) / 1024, "found here"
-    return DEFAULT_MEMORY, "assumed; --gpu_memory says otherwise"
+    tool = shutil.which("nvidia-smi") if args.executor == "local" else None
+    found = _smallest_gpu(tool) if tool else None
+    return (found, "found here") if found else (DEFAULT_MEMORY, "assumed; --gpu_memory says otherwise")
+
+
+@functools.cache
+def _smallest_gpu(tool):
+    """GiB of the smallest GPU that this nvidia-smi lists, or None; asked once a start."""
+    query = [tool, "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    found = [line for line in subprocess.run(query, capture_output=True, text=True).stdout.split() if line.isdigit()]
+    return min(map(int, found)) / 1024 if found else None
 
 
 def gib(size):

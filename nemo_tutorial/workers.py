@@ -51,7 +51,7 @@ def aside(function):
     """
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_once, args=(function, theirs), daemon=True)
+    process = context.Process(target=_once, args=(function, theirs, ours), daemon=True)
     process.start()
     theirs.close()
     try:
@@ -131,7 +131,8 @@ def _serve(function, connection, inherited):
             os._exit(0)
 
 
-def _once(function, connection):
+def _once(function, connection, other):
+    other.close()  # as in _serve: or a long result would wait for a reader for ever after the parent's death
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with contextlib.suppress(OSError):  # nobody waits any more
         connection.send(_answer(function))

@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import zoo
 from conftest import ROOT
@@ -396,6 +397,19 @@ def test_aside():
     with workers.aside(lambda: time.sleep(60)):
         pass  # not waited for
     assert time.monotonic() - began < 5
+
+
+def test_aside_ends_with_its_parent():
+    """A result longer than a pipe holds does not keep it alive when nobody is left to read it."""
+    code = "import os, time; from nemo_tutorial import workers\n"
+    code += "with workers.aside(lambda: print(os.getpid(), flush=True) or bytes(1 << 20)):\n"
+    code += "    time.sleep(0.5), os.kill(os.getpid(), 9)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=20)
+    assert done.returncode == -signal.SIGKILL
+    child, began = int(done.stdout), time.monotonic()
+    while psutil.pid_exists(child) and psutil.Process(child).status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() - began < 5
+        time.sleep(0.05)
 
 
 def start(folder, argv):
