@@ -366,10 +366,10 @@ def test_all_stages(tmp_path, cluster):
 
 def test_dry_run_full_writes_what_sbatch_needs(stages):
     """Two nodes of eight GPUs: the recipe with what was corrected is shown; script, recipe and code lie in the run."""
-    argv = "--executor slurm --container_image nvcr.io#nvidia/nemo:25.02 -N 2 -G 8 -T 2 -g 16 --max_steps 4 -E full"
+    argv = "--executor slurm --container_image nvcr.io#nvidia/nemo:25.02 -N 2 -G 8 -T 2 -g 16 --max_steps 4 -E dry_run_full"
     flags = [*TRAIN, *argv.split(), "--dry_run", "full"]
     done = script(stages, "pretraining/pretrain.py", *flags, HF_TOKEN=CANARY, WANDB_API_KEY=CANARY)
-    folder = stages / "results" / "full" / "slurm"
+    folder = stages / "results" / "dry_run_full" / "slurm"
     for words in ("tensor_model_parallel_size: 2", "resume.NewestComplete", "sequence_parallel: true"):
         assert words in done.stdout
     assert (folder / "script.sh").read_text() in done.stdout and f"sbatch {folder / 'script.sh'}" in done.stdout
