@@ -366,8 +366,8 @@ def test_all_stages(tmp_path, cluster):
 
 def test_dry_run_full_writes_what_sbatch_needs(stages):
     """Two nodes of eight GPUs: the recipe with what was corrected is shown; script, recipe and code lie in the run."""
-    argv = "--executor slurm --container_image nvcr.io#nvidia/nemo:25.02 -N 2 -G 8 -T 2 -g 16 --max_steps 4 -E dry_run_full"
-    flags = [*TRAIN, *argv.split(), "--dry_run", "full"]
+    argv = "--executor slurm --container_image nvcr.io#nvidia/nemo:25.02 -N 2 -G 8 -T 2 -g 16 --max_steps 4"
+    flags = [*TRAIN, *argv.split(), "-E", "dry_run_full", "--dry_run", "full"]
     done = script(stages, "pretraining/pretrain.py", *flags, HF_TOKEN=CANARY, WANDB_API_KEY=CANARY)
     folder = stages / "results" / "dry_run_full" / "slurm"
     for words in ("tensor_model_parallel_size: 2", "resume.NewestComplete", "sequence_parallel: true"):
