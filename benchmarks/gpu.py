@@ -7,14 +7,13 @@ From the repository root, on a machine with a GPU (rows that are measured alread
     python benchmarks/gpu.py --layouts            # of all GPUs of this machine
     python benchmarks/gpu.py --table
 
-Each cell (a contestant in a row) runs in a process of its own, which has imported NeMo ahead. Random weights, random
-tokens, the first steps dropped, the median of the others. Tokens/s are of the whole loop, logging included;
+Each cell (a contestant in a row) runs in a process of its own, forked from one that has imported NeMo. Random weights,
+random tokens, the first steps dropped, the median of the others. Tokens/s are of the whole loop, logging included,
 without validation and checkpoints. TFLOP/s count 6 N + 6 L h s a token: N parameters in matrix products (a frozen one
 counts 4), causal attention once; MFU is of 989 TFLOP/s.
 """
 
 import argparse
-import collections
 import contextlib
 import itertools
 import json
@@ -32,6 +31,7 @@ import tempfile
 import time
 import traceback
 from pathlib import Path
+from unittest import mock
 
 # Nothing is installed: make the repository root importable, wherever the script is started from.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -289,84 +289,43 @@ def cells(args):
             }
 
 
-class Standby:
-    """Groups of `world` processes that have imported a stack ahead and wait; each group measures one cell, and ends."""
+class Server:
+    """A process that has imported a stack, which takes longer than most cells: each cell's processes are its forks."""
 
-    AHEAD = {"nemo": 3, "peers": 2, "ceilings": 1}  # importing NeMo takes longer than most cells
+    def __init__(self, stack, args, folder):
+        environment = os.environ | {
+            "TOKENIZERS_PARALLELISM": "false",
+            "TORCH_NCCL_AVOID_RECORD_STREAMS": "1",
+            "NCCL_NVLS_ENABLE": "0",
+            "HF_HUB_OFFLINE": "1",
+            "PYTORCH_NVML_BASED_CUDA_CHECK": "1",  # asks for GPUs without using them: see without_cuda
+        }
+        if args.accelerator == "cpu" and stack == "nemo":
+            path = [str(ROOT / "nemo_tutorial" / "no_gpu"), os.environ.get("PYTHONPATH")]
+            environment |= {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join(filter(None, path))}
+        with open(folder / f"{stack}.log", "ab") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-u", __file__, "--serve", stack, "--accelerator", args.accelerator],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                env=environment,
+                text=True,
+                start_new_session=True,
+            )
 
-    def __init__(self, stack, args, folder, count, world=1):
-        self.stack, self.accelerator, self.left, self.world = stack, args.accelerator, count, world
-        self.log = open(folder / f"{stack}.log", "ab", buffering=0)
-        self.waiting = []
-        self.refill()
-
-    def refill(self):
-        """Start as many as are wanted ahead."""
-        ahead = self.AHEAD[self.stack] if self.accelerator == "gpu" else 1
-        while self.left > 0 and len(self.waiting) < ahead:
-            self.left -= 1
-            environment = os.environ | {
-                "TOKENIZERS_PARALLELISM": "false",
-                "TORCH_NCCL_AVOID_RECORD_STREAMS": "1",
-                "NCCL_NVLS_ENABLE": "0",
-                "HF_HUB_OFFLINE": "1",
-            }
-            if self.accelerator == "cpu" and self.stack == "nemo":
-                path = [str(ROOT / "nemo_tutorial" / "no_gpu"), os.environ.get("PYTHONPATH")]
-                environment |= {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join(filter(None, path))}
-            command = [sys.executable, "-u", __file__, "--serve", self.stack, "--accelerator", self.accelerator]
-            if self.world > 1:
-                environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-            group = []
-            for rank in range(self.world):
-                ranks = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "WORLD_SIZE": self.world}
-                ranks |= {"LOCAL_WORLD_SIZE": self.world, "TORCHELASTIC_RUN_ID": "benchmark"}  # Lightning asks for it
-                process = subprocess.Popen(
-                    command,
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                    stderr=self.log,
-                    env=environment | ({name: str(value) for name, value in ranks.items()} if self.world > 1 else {}),
-                    text=True,
-                    start_new_session=True,  # to be ended with all that it started
-                )
-                group.append(process)
-            self.waiting.append(group)
-
-    def ask(self, cell, seconds):
-        """The cell's row; {"error": ...} if it failed or took more than `seconds`."""
-        if not self.waiting:  # a second try of a cell
-            self.left += 1
-            self.refill()
-        group = self.waiting.pop(0)
+    def ask(self, cell, until):
+        """The cell's row; {"error": ...} if it failed or had not ended `until` (time.monotonic)."""
         try:
-            for process in group:
-                process.stdin.write(json.dumps(cell) + "\n")
-                process.stdin.flush()
-            answers = []
-            while len(answers) < len(group):
-                waiting = [process.stdout for process in group if process.stdout not in dict(answers)]
-                # Those that have measured answer together; where one has failed, the others may wait for ever.
-                ready, _, _ = select.select(waiting, [], [], 10 if answers else seconds)
-                if not ready:
-                    break
-                answers += [
-                    (pipe, json.loads(pipe.readline() or '{"error": "its process died; see the log"}'))
-                    for pipe in ready
-                ]
+            self.process.stdin.write(json.dumps(cell | {"until": until}) + "\n")
+            self.process.stdin.flush()
+            return json.loads(self.process.stdout.readline() or '{"error": "its process died; see the log"}')
         except BrokenPipeError:
             return {"error": "its process died; see the log"}
-        finally:
-            for process in group:
-                end(process)
-            self.refill()
-        if not answers:
-            return {"error": f"stopped after {seconds:.0f} s"}
-        return together([dict(answers).get(process.stdout) for process in group])
 
     def close(self):
-        for process in itertools.chain.from_iterable(self.waiting):
-            end(process, patience=0)
+        self.process.terminate()
+        self.process.wait()
 
 
 def together(rows):
@@ -385,32 +344,87 @@ def free_port():
         return listener.getsockname()[1]
 
 
-def end(process, patience=3):
-    """End a process and what it started; one that has answered is about to end by itself."""
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.stdin.close()
-        process.wait(patience)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+@contextlib.contextmanager
+def without_cuda():
+    """Import a stack without a GPU being used: a process that has used one can't be forked."""
+    import torch
+    from torch.utils import cpp_extension
+
+    def compiled(*args, **kwargs):
+        raise RuntimeError("Megatron's allocator for inference is compiled for half a minute, and not used here")
+
+    query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    found = subprocess.run(query, capture_output=True, text=True).stdout.split() if shutil.which("nvidia-smi") else []
+    capability = tuple(int(number) for number in (found or ["0.0"])[0].split("."))
+    with (
+        mock.patch.object(torch.cuda, "get_device_capability", lambda *_: capability),
+        mock.patch.object(cpp_extension, "load_inline", compiled),
+    ):
+        yield
+    if torch.cuda.is_initialized():
+        raise SystemExit("importing has used the GPU: its forks can't")
 
 
 def serve(args):
-    """The other side: import the stack, measure the one cell that standard input holds, answer in one line."""
+    """The other side: import the stack, measure each cell that standard input holds, answer in a line each."""
     answer = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what the stack prints goes to the log
-    if args.serve == "ceilings":
-        import gpu_measure as stack
-    elif args.serve == "nemo":
-        if args.accelerator == "cpu":
-            import nemo_tutorial.cpu  # noqa: F401  patches NeMo
-        import gpu_nemo as stack
-    else:
-        import gpu_peers as stack
-    line = sys.stdin.readline()
-    if not line:
-        return
-    cell = json.loads(line)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())
+    with without_cuda():
+        if args.serve == "ceilings":
+            import gpu_measure as stack
+        elif args.serve == "nemo":
+            if args.accelerator == "cpu":
+                import nemo_tutorial.cpu  # noqa: F401  patches NeMo
+            import gpu_nemo as stack
+        else:
+            import gpu_peers as stack
+    for line in sys.stdin:
+        answer.write(json.dumps(measured(stack, json.loads(line))) + "\n")
+        answer.flush()
+
+
+def measured(stack, cell):
+    """The cell's row, of as many forks of this process as its layout has ranks."""
+    world = math.prod(cell.get("layout", ()))
+    ranks = {"WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "GROUP_RANK": 0}
+    # Lightning asks for the run's id
+    ranks |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "TORCHELASTIC_RUN_ID": "benchmark"}
+    processes, answers = {}, {}
+    try:
+        for rank in range(world):
+            reading, writing = os.pipe()
+            processes[reading] = os.fork()
+            if processes[reading] == 0:
+                os.setsid()  # to be ended with all that it starts
+                if world > 1:
+                    os.environ.update({name: str(value) for name, value in ranks.items()})
+                    os.environ.update({"RANK": str(rank), "LOCAL_RANK": str(rank)})
+                measure(stack, cell, writing)
+            os.close(writing)
+        while len(answers) < world:
+            # Those that have measured answer together; where one has failed, the others may wait for ever.
+            patience = 10 if answers else max(0, cell["until"] - time.monotonic())
+            ready, _, _ = select.select([pipe for pipe in processes if pipe not in answers], [], [], patience)
+            if not ready:
+                break
+            for pipe in ready:
+                with open(pipe, closefd=False) as file:
+                    answers[pipe] = json.loads(file.readline() or '{"error": "its process died; see the log"}')
+    finally:
+        for pipe, process in processes.items():
+            os.close(pipe)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process, signal.SIGKILL)
+            os.waitpid(process, 0)
+    if not answers:
+        return {"error": "stopped: its time was up"}
+    return together([answers.get(pipe) for pipe in processes])
+
+
+def measure(stack, cell, writing):
+    """In a fork: measure, write the row into the pipe `writing`, and end."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     with tempfile.TemporaryDirectory() as folder:
         try:
             os.chdir(folder)
@@ -419,9 +433,9 @@ def serve(args):
         except BaseException as error:  # whatever it is, it is this cell's result
             traceback.print_exc()
             row = {"error": f"{type(error).__name__}: {error}".replace("\n", " ")[:400]}
-        answer.write(json.dumps(row) + "\n")
-        answer.flush()
         os.chdir("/")
+    with open(writing, "w") as file:
+        file.write(json.dumps(row) + "\n")
     os._exit(0)  # no clean-up: it would wait for communicators and threads
 
 
@@ -496,25 +510,22 @@ def run(args):
     ]
     folder = Path(args.results).resolve().parent / "gpu_logs"
     folder.mkdir(parents=True, exist_ok=True)
-    count = collections.Counter((cell["stack"], math.prod(cell["layout"])) for cell in todo)
-    standby = {key: Standby(key[0], args, folder, count[key], key[1]) for key in count}
+    until = began + args.seconds
+    servers = {stack: Server(stack, args, folder) for stack in dict.fromkeys(cell["stack"] for cell in todo)}
     try:
         if args.accelerator == "gpu" and todo:
-            standby["ceilings"] = Standby("ceilings", args, folder, 1)
-            here["ceilings"] = standby["ceilings"].ask({}, 120)
+            servers["ceilings"] = Server("ceilings", args, folder)
+            here["ceilings"] = servers["ceilings"].ask({}, until)
             print(f"{name}: {here['ceilings']}", flush=True)
         longest = 0
         for cell in todo:
-            left = args.seconds - (time.monotonic() - began)
-            if left < max(15, longest):
+            if until - time.monotonic() < max(15, longest):
                 print(f"no time left for {cell['row']} {cell['name']} and after; the same command goes on", flush=True)
                 break
             start = time.monotonic()
             sizes = [size for size in MICRO_BATCHES if cell["gbs"] % size == 0] if cell["stack"] == "peers" else [None]
             for size in sizes:
-                row = standby[cell["stack"], math.prod(cell["layout"])].ask(
-                    {**cell, "mbs": size}, args.seconds - (time.monotonic() - began)
-                )
+                row = servers[cell["stack"]].ask({**cell, "mbs": size}, until)
                 if "out of memory" not in row.get("error", ""):
                     break
             took = time.monotonic() - start
@@ -525,8 +536,8 @@ def run(args):
             save(args.results, results)
             print(line(cell["row"], cell["name"], row), flush=True)
     finally:
-        for stack in standby.values():
-            stack.close()
+        for server in servers.values():
+            server.close()
 
 
 def line(row, name, found):
