@@ -3,7 +3,7 @@
 From the repository root, on a machine with a GPU (rows that are measured already are left out, so it can be repeated):
 
     python benchmarks/gpu.py --rows 1b-8192 8b-lora
-    python benchmarks/gpu.py --rows ablation-1b --seconds 500
+    python benchmarks/gpu.py --rows ablation-1b=ours+mbs4,ours+mbs4+gc --seconds 500
     python benchmarks/gpu.py --layouts            # of all GPUs of this machine
     python benchmarks/gpu.py --table
 
@@ -76,7 +76,7 @@ ROWS = {
     ),
     "8b-sft": (
         {"model": "8b", "kind": "sft", "seq": 4096, "gbs": 8},
-        ("ours+mbs2+lean", "ours+lean_fp8+recompute_full"),
+        ("ours+mbs2+lean", "ours+mbs2+lean+overlap", "ours+mbs4+lean+recompute_full", "ours+lean_fp8+recompute_full"),
     ),
     # One change at a time, the most promising first.
     "ablation-1b": (
@@ -146,9 +146,9 @@ ROWS = {
         (
             "stock",
             "ours",
+            "ours+mbs2+lean",
             "stock seed 2",
             "stock seed 3",
-            "ours+mbs2+lean",
             "ours+mbs2+lean_fp8",
             "ours+mbs2+wgrad",
             "ours+mbs2+grads_bf16",
@@ -159,11 +159,11 @@ ROWS = {
     # Instruction rows, packed and padded: tokens that are no padding.
     "sft-packed": (
         {"model": "1b", "kind": "sft", "seq": 4096, "gbs": 8},
-        ("ours+packed", "ours+padded", "stock+padded"),
+        ("ours+packed", "ours+packed_4", "ours+packed_8", "ours+padded", "stock+padded"),
     ),
     "sft-packed-lora": (
         {"model": "8b", "kind": "lora", "seq": 4096, "gbs": 8},
-        ("ours+packed", "ours+padded", "stock+padded"),
+        ("ours+packed", "ours+packed_4", "ours+padded", "stock+padded"),
     ),
     # What our own callbacks cost.
     "callbacks": (
@@ -175,8 +175,8 @@ ROWS = {
         ("stock+mbs2", "ours", "transformers"),
     ),
     "tiny-sft": (
-        {"model": "tiny", "kind": "sft", "seq": 4096, "gbs": 1, "steps": 2, "warmup": 1},
-        ("ours+padded", "stock+padded"),
+        {"model": "tiny", "kind": "sft", "seq": 256, "gbs": 8, "steps": 2, "warmup": 1},
+        ("ours+packed", "ours+packed_8", "ours+padded", "stock+padded"),
     ),
     "tiny-lora": (
         {"model": "tiny", "kind": "lora", "seq": 128, "gbs": 4, "steps": 4, "warmup": 2},
@@ -231,10 +231,11 @@ def layout_rows(models, gpus):
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--rows", nargs="+", default=[], metavar="ROW", help="memory means all memory-*: " + ", ".join(ROWS)
-    )
-    parser.add_argument(
-        "--contestants", nargs="+", help="only these of the rows' contestants, or others, in this order"
+        "--rows",
+        nargs="+",
+        default=[],
+        metavar="ROW[=CONTESTANT,...]",
+        help="memory means all memory-*; its own contestants, or those named: " + ", ".join(ROWS),
     )
     parser.add_argument("--seconds", type=float, default=540, help="start no cell that would end later than this [540]")
     parser.add_argument(
@@ -259,16 +260,17 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-def selected(name):
-    """The rows that a word of --rows means: one, or all that begin with it."""
-    return [name] if name in ROWS else [row for row in ROWS if row.startswith(f"{name}-")]
+def selected(word):
+    """{row: its contestants} that a word of --rows means: one row, or all that begin with it."""
+    name, _, contestants = word.partition("=")
+    rows = [name] if name in ROWS else [row for row in ROWS if row.startswith(f"{name}-")]
+    return {row: contestants.split(",") if contestants else ROWS[row][1] for row in rows}
 
 
 def cells(args):
     """What to measure, in order."""
-    for row in dict.fromkeys(row for name in args.rows or ["layout"] for row in selected(name)):
-        shared, contestants = ROWS[row]
-        for contestant in args.contestants or contestants:
+    for row, contestants in itertools.chain.from_iterable(selected(word).items() for word in args.rows or ["layout"]):
+        for contestant in contestants:
             name, profile, _ = contestant.partition(" profile")
             base, _, seed = name.partition(" seed ")
             yield {
@@ -277,7 +279,7 @@ def cells(args):
                 "lr": 1e-4,
                 "layout": (1, 1, 1, 1),
                 "data_seed": 1,
-                **shared,
+                **ROWS[row][0],
                 **({"steps": args.steps} if args.steps else {}),
                 "row": row,
                 "name": name,

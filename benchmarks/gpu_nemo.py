@@ -83,8 +83,11 @@ def counting_data_step(batches):
     return batch
 
 
-def instructions(packed):
-    """Rows of random words with the lengths of gpu_measure.lengths, packed, or padded as NeMo does: to the longest."""
+def instructions(packs):
+    """Rows of random words with the lengths of gpu_measure.lengths, in packs of so many times the sequence length.
+
+    0: padded as NeMo does, to the longest of a micro batch.
+    """
 
     def change(recipe):
         folder = Path("rows")
@@ -97,10 +100,10 @@ def instructions(packed):
                     row = {key: " ".join(f"w{draw.randrange(1000)}" for _ in range(size)) for key, size in row.items()}
                     file.write(json.dumps(row) + "\n")
         size = recipe.data.seq_length
-        options = {"micro_batch_size": 1, "global_batch_size": recipe.data.global_batch_size}
-        if packed:
+        if packs:
+            options = {"micro_batch_size": 1, "global_batch_size": recipe.data.global_batch_size // packs}
             options["packed_sequence_specs"] = run.Config(
-                PackedSequenceSpecs, packed_sequence_size=size, tokenizer_model_name="words"
+                PackedSequenceSpecs, packed_sequence_size=size * packs, tokenizer_model_name="words"
             )
         else:  # about as many tokens a step
             options = {"micro_batch_size": 8, "global_batch_size": 16 * recipe.data.global_batch_size}
@@ -285,8 +288,10 @@ CHANGES = {
     "mbs2": micro_batch(2),
     "mbs4": micro_batch(4),
     "mbs8": micro_batch(8),
-    "packed": instructions(packed=True),
-    "padded": instructions(packed=False),
+    "packed": instructions(1),
+    "packed_4": instructions(4),
+    "packed_8": instructions(8),
+    "padded": instructions(0),
     "nonan": ddp(check_for_nan_in_grad=False),
     "overlap": ddp(overlap_grad_reduce=True, overlap_param_gather=True, average_in_collective=True),
     "nooverlap": ddp(overlap_grad_reduce=False, overlap_param_gather=False, average_in_collective=False),

@@ -86,6 +86,8 @@ def parse(words, name, folder):
     model = models.from_config(folder / name / "config.json")
     runs.hardware_problems(args, model)
     runs.model_problems(args, model)
+    if words[0].startswith("finetuning"):
+        script.packing_problems(args, model)
     return args, model
 
 
@@ -107,9 +109,10 @@ def arithmetic(gpu, name, args, model):
     ep, chunks = args.expert_model_parallel_size, args.virtual_pipeline_model_parallel_size or 1
     world, kind = args.num_nodes * args.num_gpus, GPUS[gpu]
     dp = world // (tp * pp * cp)
-    tokens = args.micro_batch_size * args.seq_length / cp  # of a micro batch, on a GPU and those that share it by TP
+    sample = memory.sample_length(args)
+    tokens = args.micro_batch_size * sample / cp  # of a micro batch, on a GPU and those that share it by TP
     layers, hidden = model.num_hidden_layers / pp, model.hidden_size
-    micro_batches = args.global_batch_size // (args.micro_batch_size * dp)
+    micro_batches = args.global_batch_size * args.seq_length // (args.micro_batch_size * sample * dp)
     frozen = 2 / 3 if args.peft else 1  # no gradients of weights
     flops = flops_a_token(model, args.seq_length) * frozen * tokens / (tp * pp)
     computing = flops / (kind.peak * UTILIZATION[name])

@@ -48,7 +48,8 @@ def parse_args(argv=None):
         "--packed_sequence_size",
         type=arguments.positive,
         metavar="TOKENS",
-        help="length of a pack [--seq_length, or so much shorter that a step has --global_batch_size rows]",
+        help="length of a pack [the most that fit, from --seq_length to 32,768, or so much shorter that a step has "
+        "--global_batch_size rows]",
     )
     parser.add_argument(
         "--overlong",
@@ -95,6 +96,7 @@ def packing_problems(args, model):
     if reason and args.packing is None:
         print(f"packing is off, because of {reason}")
     args.packing = args.packing is not False and not reason
+    args.longest_pack = plan.longest_pack(args, model) if args.packing and model else None
     return []
 
 
@@ -159,7 +161,7 @@ def describe(args, model, source, rows, data):
                 ("from", args.dataset_path),
                 ("rows", f"{rows['training']:,} training, {rows['validation']:,} validation"),
                 ("tokens", f"about {terminal.number(round(size))}, {instructions.BYTES_A_TOKEN} bytes each"),
-                ("packing", "on" if args.packing else "off"),
+                ("packing", f"on, packs of up to {args.longest_pack}" if args.packing else "off"),
                 ("steps an epoch", rows["training"] // args.global_batch_size),
                 ("prompt", args.prompt_template or "the tokenizer's chat template"),
                 ("validation", f"{args.limit_val_batches} batches every {args.val_check_interval} steps"),

@@ -278,7 +278,12 @@ def add_training(parser, global_batch_size):
         default=global_batch_size,
         help=f"samples a step, over all GPUs [{global_batch_size}]",
     )
-    group.add_argument("-m", "--micro_batch_size", type=positive, default=1, help="samples a GPU at a time [1]")
+    group.add_argument(
+        "-m",
+        "--micro_batch_size",
+        type=positive,
+        help="samples a GPU at a time [as many as fit, up to 32,768 tokens; 1 without a GPU, with experts, of packs]",
+    )
     group.add_argument("--lr", type=float, help="peak learning rate")
     group.add_argument("--min_lr", type=float, help="learning rate at the end [a tenth of --lr]")
     group.add_argument("--warmup_steps", type=int, help="steps of linear warm-up [a tenth of the run, at most 2000]")

@@ -300,7 +300,7 @@ def _groups(args, rows, packs):
             max(map(max, lengths.values())),
             args.global_batch_size,
             ranks,
-            args.seq_length,
+            args.longest_pack,
             math.lcm(packing.MULTIPLE, args.tensor_model_parallel_size),
             4 * stages if stages > 1 else 1,  # a pipeline is busy only while there are some for all of its stages
         )

@@ -132,9 +132,9 @@ def weight_bytes(args):
 
 
 def sample_length(args):
-    """Tokens of a sample: of a pack, where rows are packed."""
+    """Tokens of a sample: of a pack, where rows are packed; before they are, the most that a pack may have."""
     packs = getattr(args, "packs", None)
-    return packs[0] if packs else getattr(args, "packed_sequence_size", None) or args.seq_length
+    return packs[0] if packs else getattr(args, "longest_pack", None) or args.seq_length
 
 
 def _stage(model, args, stage):

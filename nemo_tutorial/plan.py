@@ -11,11 +11,19 @@ from pathlib import Path
 from nemo_tutorial import checkpoints, memory, options, preflight, schedule, terminal
 
 DEFAULT_MEMORY = 80  # GiB
-SPARE = 0.05  # of it, that a layout nobody asked for leaves free: the estimate is off by up to 4 %
+SPARE = 0.1  # of it, that sizes nobody asked for leave free: the estimate is off by up to 4 %, the allocator keeps some
+TOKENS = 32_768  # a GPU at a time: from half of that on, hardly anything gets faster (benchmarks/README.md)
 
 
-def choose_layout(args, model):
-    """Fill in TP, PP and CP: 1 where another is given, else the first layout with which `model` fits into the GPUs.
+def choose_sizes(args, model):
+    """Fill in TP, PP, CP and the micro batch size, so that `model` (or None) fits into the GPUs."""
+    chosen = _choose_layout(args, model) + _choose_micro_batch_size(args, model)
+    if chosen:
+        print(f"not given, so chosen for {gpu_memory(args)[0]:.3g} GiB: {' '.join(chosen)}")
+
+
+def _choose_layout(args, model):
+    """TP, PP and CP: 1 where another is given, else the first layout that fits. Returns what was chosen, as words.
 
     First those that leave the most replicas: each split costs communication in every layer, where a replica costs it
     once a step. Among equals TP, within a node, before CP and PP. If none fits, 1 x 1 x 1.
@@ -25,8 +33,7 @@ def choose_layout(args, model):
     for name in names:
         setattr(args, name, getattr(args, name) or 1)
     if given or model is None or args.num_nodes * args.num_gpus == 1:
-        return
-    world, (limit, _) = args.num_nodes * args.num_gpus, gpu_memory(args)
+        return []
     layouts = itertools.product(
         [size for size in (1, 2, 4, 8) if size <= args.num_gpus],
         [size for size in range(1, model.num_hidden_layers + 1) if model.num_hidden_layers % size == 0],
@@ -34,18 +41,61 @@ def choose_layout(args, model):
         [1] if getattr(args, "packing", False) is not False else [1, 2, 4, 8],
     )
     for layout in sorted(layouts, key=lambda sizes: (math.prod(sizes), *sizes[1:])):
-        changed = argparse.Namespace(**vars(args) | dict(zip(names, layout)))
-        if changed.sequence_parallel is None:
-            changed.sequence_parallel = layout[0] > 1
-        if world % math.prod(layout) or any(_rules(changed, model)):
-            continue
-        if memory.estimate(model, changed).total <= (1 - SPARE) * limit * memory.GIB:
-            if layout != (1, 1, 1):
-                words = "TP {} x PP {} x CP {}".format(*layout)
-                print(f"no -T, -P and -C given: {words} is the first layout that fits into {limit:.3g} GiB")
-            for name, size in zip(names, layout):
+        change = dict(zip(names, layout))
+        if args.num_nodes * args.num_gpus % math.prod(layout) == 0 and _fits(args, model, change):
+            for name, size in change.items():
                 setattr(args, name, size)
-            return
+            return [] if layout == (1, 1, 1) else ["-T {} -P {} -C {}".format(*layout)]
+    return []
+
+
+def _choose_micro_batch_size(args, model):
+    """The micro batch size: 1, on GPUs doubled for as long as it fits. Returns what was chosen, as words.
+
+    A pack is a micro batch of one, and rows are packed as long as nobody says otherwise: see `longest_pack`.
+    """
+    given, args.micro_batch_size = args.micro_batch_size, args.micro_batch_size or 1
+    if given or model is None or not _may_grow(args, model) or getattr(args, "packing", False) is not False:
+        return []
+    stages, replicas = args.pipeline_model_parallel_size, preflight.data_parallel_size(args)
+    least = 4 * stages if stages > 1 else 1  # micro batches: a pipeline is busy only while all stages have some
+    size = 2
+    while (
+        size * args.seq_length <= TOKENS * args.context_parallel_size
+        and args.global_batch_size % (size * replicas) == 0
+        and args.global_batch_size // (size * replicas) >= least
+        and _fits(args, model, {"micro_batch_size": size})
+    ):
+        args.micro_batch_size, size = size, 2 * size
+    return [f"-m {args.micro_batch_size}"] if args.micro_batch_size > 1 else []
+
+
+def longest_pack(args, model):
+    """Tokens that a pack of instruction rows may have: --seq_length, on GPUs doubled for as long as it fits."""
+    if args.packed_sequence_size:
+        return args.packed_sequence_size
+    size = args.seq_length
+    while _may_grow(args, model) and 2 * size <= TOKENS and _fits(args, model, {"longest_pack": 2 * size}):
+        size *= 2
+    return size
+
+
+def _may_grow(args, model):
+    """Whether more tokens at a time make anything faster, and what they take is known: a CPU's caches are small, and
+    what experts take depends on how evenly the router spreads the tokens.
+    """
+    return args.accelerator == "gpu" and not model.num_experts
+
+
+def _fits(args, model, change):
+    """Whether flags with `change`, which nobody asked for, pass the rules and fit into a GPU with some to spare."""
+    changed = argparse.Namespace(**vars(args) | change)
+    changed.micro_batch_size = changed.micro_batch_size or 1
+    if changed.sequence_parallel is None:
+        changed.sequence_parallel = changed.tensor_model_parallel_size > 1
+    if any(_rules(changed, model)):
+        return False
+    return memory.estimate(model, changed).total <= (1 - SPARE) * gpu_memory(args)[0] * memory.GIB
 
 
 def gpu_memory(args):

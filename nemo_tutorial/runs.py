@@ -143,7 +143,7 @@ def hardware_problems(args, model):
     if args.seq_length is None:
         limits = (model.max_position_embeddings, model.sliding_window) if model else ()
         args.seq_length = min([8192, *(limit for limit in limits if limit)])
-    plan.choose_layout(args, model)
+    plan.choose_sizes(args, model)
     problems += preflight.layout_problems(args) + preflight.execution_problems(args) + preflight.fault_problems(args)
     problems += questions.problems(args)
     if args.sequence_parallel is None:

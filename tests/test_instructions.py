@@ -17,6 +17,7 @@ DEFAULTS = {
     "overlong": "drop",
     "packing": True,
     "packed_sequence_size": None,
+    "longest_pack": 256,
     "global_batch_size": 8,
     "micro_batch_size": 1,
     "seed": 1,

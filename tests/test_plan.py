@@ -22,6 +22,7 @@ LLAMA32_1B = {
     "head_dim": 64,
     "tie_word_embeddings": True,
 }
+MIXTRAL = {"architectures": ["MixtralForCausalLM"], "num_local_experts": 8, "num_experts_per_tok": 2}
 
 
 def benchmark():
@@ -52,7 +53,7 @@ def flags(load_script):
         args = load_script(script).parse_args(["-D", "x", "--dry_run", "--accelerator", "gpu", *words.split()])
         preflight.fill_hardware(args)
         args.seq_length = args.seq_length or 8192
-        plan.choose_layout(args, None)
+        plan.choose_sizes(args, None)
         args.sequence_parallel = args.tensor_model_parallel_size > 1
         for name, value in fields.items():
             setattr(args, name, value)
@@ -164,8 +165,7 @@ def test_what_makes_activations_smaller(shape, flags):
 
 
 def test_experts(shape, flags):
-    mixtral = {"architectures": ["MixtralForCausalLM"], "num_local_experts": 8, "num_experts_per_tok": 2}
-    model = shape(**mixtral)
+    model = shape(**MIXTRAL)
     alone, shared = (estimate(model, flags(f"-G 8 {words}")) for words in ("", "--expert_model_parallel_size 8"))
     dense = model.parameters - 8 * 3 * 4096 * 14336 * 32
     assert alone.parameters == model.parameters
@@ -246,9 +246,9 @@ LLAMA31_70B = {
         ({}, "-G 8 --peft lora", "finetuning/finetune.py", (1, 1, 1)),
         ({}, "-G 8 -C 2", "pretraining/pretrain.py", (1, 1, 2)),
         ({}, "-G 8 -T 1", "pretraining/pretrain.py", (1, 1, 1)),
-        (LLAMA31_70B, "-N 8 -G 8", "pretraining/pretrain.py", (8, 1, 2)),
+        (LLAMA31_70B, "-N 8 -G 8", "pretraining/pretrain.py", (8, 2, 1)),
         (LLAMA31_70B, "-N 8 -G 8", "finetuning/finetune.py", (8, 2, 1)),
-        (LLAMA31_70B, "-N 8 -G 8 --no_packing", "finetuning/finetune.py", (8, 1, 2)),
+        (LLAMA31_70B, "-N 8 -G 8 --no_packing", "finetuning/finetune.py", (8, 2, 1)),
         (LLAMA31_70B, "-G 8", "pretraining/pretrain.py", (1, 1, 1)),
     ],
 )
@@ -259,9 +259,56 @@ def test_the_layout_that_is_chosen(shape, load_script, capsys, fields, words, sc
     assert runs.hardware_problems(args, model) == [] and runs.model_problems(args, model) == []
     sizes = (args.tensor_model_parallel_size, args.pipeline_model_parallel_size, args.context_parallel_size)
     assert sizes == layout and args.sequence_parallel == (layout[0] > 1)
-    chosen = layout != (1, 1, 1) and not {"-C", "-T"} & set(words)
-    words = "no -T, -P and -C given: TP {} x PP {} x CP {} is the first layout that fits into 80 GiB".format(*layout)
-    assert capsys.readouterr().out.strip() == (words if chosen else "")
+    given = layout == (1, 1, 1) or {"-C", "-T"} & set(words)
+    assert given or "-T {} -P {} -C {}".format(*layout) in capsys.readouterr().out
+
+
+LLAMA32_3B = {"num_hidden_layers": 28, "hidden_size": 3072, "intermediate_size": 8192, "num_attention_heads": 24}
+LLAMA32_3B |= {"tie_word_embeddings": True}
+
+
+@pytest.mark.parametrize(
+    "fields, words, micro_batch_size",
+    [
+        (LLAMA32_1B, "-G 1 -s 8192", 4),
+        (LLAMA32_1B, "-G 1 -s 2048", 16),  # 32,768 tokens
+        (LLAMA32_1B, "-G 1 -s 8192 -m 2", 2),
+        (LLAMA32_1B, "-G 8 -s 8192 -g 16", 2),  # two samples a replica
+        (LLAMA32_1B, "-G 8 -s 8192 -g 24", 1),  # three
+        (LLAMA32_1B, "-G 1 -s 8192 --accelerator cpu", 1),
+        (LLAMA32_1B, "-G 4 -P 4 -s 2048", 4),  # 16 micro batches for four stages
+        (LLAMA32_3B, "-G 1 -s 4096", 1),
+        (LLAMA32_3B, "-G 1 -s 4096 --gpu_memory 140", 4),
+        ({}, "-G 8 -T 4 -s 8192", 4),
+        (LLAMA32_1B | MIXTRAL, "-G 1 -s 1024", 1),
+    ],
+)
+def test_the_micro_batch_size_that_is_chosen(shape, load_script, capsys, fields, words, micro_batch_size):
+    words = f"-D x --dry_run --accelerator gpu --executor slurm -g 64 {words}"
+    args, model = load_script("pretraining/pretrain.py").parse_args(words.split()), shape(**fields)
+    assert runs.hardware_problems(args, model) == [] and runs.model_problems(args, model) == []
+    assert args.micro_batch_size == micro_batch_size
+    chosen = f"not given, so chosen for {plan.gpu_memory(args)[0]:.3g} GiB: -m {micro_batch_size}"
+    assert capsys.readouterr().out.strip() == (chosen if micro_batch_size > 1 and "-m" not in words else "")
+
+
+@pytest.mark.parametrize(
+    "fields, words, tokens",
+    [
+        (LLAMA32_1B, "-G 1 -s 4096", 32768),
+        ({}, "-G 1 -s 4096 --peft lora", 8192),
+        ({}, "-G 1 -s 4096 --peft lora --gpu_memory 140", 16384),
+        ({}, "-G 1 -s 4096 --peft lora --packed_sequence_size 4096", 4096),
+        (LLAMA32_1B, "-G 1 -s 4096 --accelerator cpu", 4096),
+    ],
+)
+def test_the_longest_pack(shape, load_script, fields, words, tokens):
+    """What a pack may have before the rows are known; the estimate counts with it."""
+    finetune, model = load_script("finetuning/finetune.py"), shape(**fields)
+    args = finetune.parse_args(f"-D x --dry_run --accelerator gpu --executor slurm {words}".split())
+    assert runs.hardware_problems(args, model) + finetune.packing_problems(args, model) == []
+    assert args.packing and args.micro_batch_size == 1
+    assert args.longest_pack == memory.sample_length(args) == tokens
 
 
 def test_memory_of_the_gpu_that_is_found(flags, monkeypatch, tmp_path):

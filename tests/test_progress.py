@@ -147,7 +147,7 @@ def test_files_of_prompts(tmp_path, load_script, file, problem):
         (tmp_path / name).write_text(content, encoding="utf-8")
     parse = load_script("finetuning/finetune.py").parse_args
     args = parse(["-D", "x", "--generate_prompts", str(tmp_path / file)])
-    plan.choose_layout(args, None)
+    plan.choose_sizes(args, None)
     problems = questions.problems(args)
     assert len(problems) == bool(problem) and (not problem or problem in problems[0])
     assert args.generate_tokens == 32

@@ -49,7 +49,7 @@ def submit(cluster, tmp_path, monkeypatch, load_script):
         words = ["--executor", "slurm", "--accelerator", "cpu", "-N", 2, "-E", name, "-D", "x", "-g", 2, *flags]
         args = load_script("pretraining/pretrain.py").parse_args([*map(str, words)])
         assert preflight.fill_hardware(args) + preflight.execution_problems(args) == []
-        plan.choose_layout(args, None)
+        plan.choose_sizes(args, None)
         for key, value in env.items():
             monkeypatch.setenv(key, str(value))
         path = slurm.write(args, "pretraining", executors.environment(args), recipe="")

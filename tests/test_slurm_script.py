@@ -69,7 +69,7 @@ def parse(load_script):
         )
         args.dry_run = "plan"  # this machine needs no sbatch
         problems = preflight.fill_hardware(args) + preflight.execution_problems(args)
-        plan.choose_layout(args, None)
+        plan.choose_sizes(args, None)
         return args, problems
 
     return parse
@@ -218,7 +218,7 @@ def test_slurm_options_have_no_effect_locally(load_script):
     args = load_script("pretraining/pretrain.py").parse_args("-D x -G 1 --accelerator cpu --qos high --wait".split())
     args.dry_run = "plan"
     problems = preflight.fill_hardware(args) + preflight.execution_problems(args)
-    plan.choose_layout(args, None)
+    plan.choose_sizes(args, None)
     assert [problem.split()[0] for problem in problems] == ["--qos", "--wait"]
 
 

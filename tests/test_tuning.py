@@ -126,6 +126,10 @@ def test_packed_and_unpacked_runs_are_the_same(stages):
     for line, other in zip(packed, unpacked):  # real tokens: neither the packs' padding nor the rows'
         assert line.get("tokens") == other.get("tokens")
     assert sum("val_loss" in line for line in packed) >= 2 and sum("loss" in line for line in packed) == 3
+    # Packs of several times --seq_length, as on a GPU; one to a step, which passes through two stages.
+    longer, said = tune(stages, "longer", *flags, "--num_gpus", 2, "-P", 2, "--packed_sequence_size", 2048)
+    assert "1 packs of 2048, with 16 rows of" in said
+    near(longer, unpacked)
 
 
 @pytest.mark.full
