@@ -382,14 +382,15 @@ class Heartbeat(Callback):
                 # A thread of C: it ends the process when this one gets no turn, as where C code holds Python's lock.
                 faulthandler.dump_traceback_later(max(self.seconds, limit - now) + 5, exit=True)
             time.sleep(1)
+        slow = not self.settled or since and (_patient or self.trainer.num_nodes > 1)
+        seconds = max(self.SLOW, self.seconds) if slow else self.seconds
         stack = traceback.extract_stack(sys._current_frames()[self.main])[-1]
         where = f"at {stack.filename}:{stack.lineno} in {stack.name}"
         if "torch/distributed" in stack.filename:
             where = f"waiting for another rank, in {stack.name}"
         faulthandler.dump_traceback(all_threads=True)
-        write_failure(
-            self.folder, self.trainer, "hang", f"nothing moved for {self.seconds} s after {self.last}; it is {where}"
-        )
+        words = f"nothing moved for {seconds} s after {self.last}; it is {where}"
+        write_failure(self.folder, self.trainer, "hang", words)
         sys.stdout.flush()
         # A stopped process does not end itself, and torchrun would wait for it as long as for a save.
         parent = psutil.Process().parent()

@@ -324,7 +324,13 @@ def retention():
     with callbacks.patience("retention"):
         wait(6)
 
+def first_step(heart):
+    heart.settled, heart.SLOW = False, 4
+    heart.beat("the start")
+    wait(60)
+
 CASES = {
+    "first step": first_step,
     "validation": lambda heart: (heart.on_validation_start(None, None), wait(60)),
     "validated": lambda heart: (heart.on_validation_end(None, None), wait(60)),
     "saving": lambda heart: saving["save"](lambda: wait(1)),
@@ -339,7 +345,7 @@ for name, case in CASES.items():
     children[name] = os.fork(), time.monotonic()
     if not children[name][0]:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-        callbacks.write_failure = lambda *words: None
+        callbacks.write_failure = lambda *words: print("said", name, words[-1], flush=True)
         heart = callbacks.Heartbeat(str((folder if name == "files" else folder / name) / "record"), 2)
         heart.on_train_start(trainer, None)
         heart.on_train_batch_end(trainer, None, None, None, 0)
@@ -356,8 +362,12 @@ def test_what_the_heartbeat_waits_for(tmp_path):
     command = [sys.executable, "-c", HEARTS, str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    found = {line.rsplit(" ", 2)[0]: line.rsplit(" ", 2)[1:] for line in done.stdout.splitlines()}
-    for name in ("validation", "validated", "saving", "the end"):
+    said = [line for line in done.stdout.splitlines() if line.startswith("said")]
+    assert any(line.startswith("said first step nothing moved for 4 s after the start") for line in said), said
+    assert any(line.startswith("said validated nothing moved for 2 s after a validation's end") for line in said), said
+    lines = [line.rsplit(" ", 2) for line in done.stdout.splitlines() if line not in said]
+    found = {name: rest for name, *rest in lines}
+    for name in ("first step", "validation", "validated", "saving", "the end"):
         assert found[name][0] == "1" and int(found[name][1]) < 20, found
     for name in ("files", "retention", "tokens"):
         assert found[name][0] == "0", found
