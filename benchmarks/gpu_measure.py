@@ -96,6 +96,7 @@ class Steps:
         rate = tokens_a_step / median
         row = {
             "step_s": round(median, 4),
+            "step_mean": round(statistics.mean(seconds), 4),
             "step_min": round(min(seconds), 4),
             "step_max": round(max(seconds), 4),
             "steps": len(seconds),

@@ -39,8 +39,14 @@ SETTINGS = [
         },
     ),
     Setting(
+        "garbage",
+        "what is there after the first step is no garbage: Python's collector leaves it alone, half a second each time",
+        lambda args: True,
+        callback="hooks.FreezeHeap",
+    ),
+    Setting(
         "adapter",
-        "LoRA's output is added inside its second matrix product, not in a pass of its own over every layer's output",
+        "what LoRA adds, to outputs and to gradients, is added inside its matrix products, not in passes of its own",
         lambda args: args.peft == "lora" and args.tensor_model_parallel_size == 1 and not args.lora_dropout,
         callback="lora.AddedInProduct",
     ),

@@ -52,7 +52,7 @@ def test_they_reach_the_recipe(kind):
     """Every value is in NeMo's recipe, unless that has no such part (a finetuning recipe says nothing of DDP)."""
     import fiddle as fdl
 
-    from nemo_tutorial import lora, recipes
+    from nemo_tutorial import hooks, lora, recipes
 
     peft = "lora" if kind == "finetune_recipe" else None
     args = SimpleNamespace(**GPU | {"accelerator": "gpu", "experiment": "x", "peft": peft})
@@ -62,11 +62,30 @@ def test_they_reach_the_recipe(kind):
     assert recipe.model.config.cross_entropy_loss_fusion is True
     assert recipe.model.config.cross_entropy_fusion_impl == "te"
     callbacks = [fdl.get_callable(callback) for callback in recipe.trainer.callbacks]
-    assert (lora.AddedInProduct in callbacks) == (kind == "finetune_recipe")
+    assert (lora.AddedInProduct in callbacks) == (kind == "finetune_recipe") and hooks.FreezeHeap in callbacks
     if kind == "pretrain_recipe":
         ddp = recipe.trainer.strategy.ddp
         assert stock is True and ddp.check_for_nan_in_grad is True
         assert (ddp.overlap_grad_reduce, ddp.overlap_param_gather, ddp.average_in_collective) == (False,) * 3
+
+
+@pytest.mark.nemo
+def test_the_collector_leaves_what_is_there_after_the_first_step():
+    import gc
+
+    from nemo_tutorial import hooks
+
+    before = gc.get_freeze_count()
+    callback = hooks.FreezeHeap()
+    try:
+        callback.on_train_batch_end(None, None, None, None, 0)
+        frozen = gc.get_freeze_count()
+        assert frozen > before + 100_000 and len(gc.get_objects()) < frozen / 100
+        later = [[] for _ in range(1000)]
+        callback.on_train_batch_end(None, None, None, None, 1)
+        assert gc.get_freeze_count() <= frozen and gc.is_tracked(later)
+    finally:
+        gc.unfreeze()
 
 
 @pytest.mark.nemo
