@@ -142,7 +142,7 @@ def test_changes_of_the_recipe(build):
     [
         ("trainer.strategy.ckpt_async_sav=False", "did you mean trainer.strategy.ckpt_async_save?"),
         ("optim.lr_schedulr.x=0.1", "did you mean optim.lr_scheduler?"),
-        ("trainer.callbacks[9].x=1", "trainer.callbacks has no [9]"),
+        ("trainer.callbacks[99].x=1", "trainer.callbacks has no [99]"),
         ("trainer.max_epochs.x=1", "which has no x"),
         ("optim.config.weight_decay=often", "optim.config.weight_decay=often"),
     ],
