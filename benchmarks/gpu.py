@@ -269,26 +269,26 @@ def selected(word):
 
 def cells(args):
     """What to measure, in order."""
-    for row, contestants in itertools.chain.from_iterable(selected(word).items() for word in args.rows or ["layout"]):
-        for contestant in contestants:
-            name, profile, _ = contestant.partition(" profile")
-            base, _, seed = name.partition(" seed ")
-            yield {
-                "steps": 15,
-                "warmup": 4,
-                "lr": 1e-4,
-                "layout": (1, 1, 1, 1),
-                "data_seed": 1,
-                **ROWS[row][0],
-                **({"steps": args.steps} if args.steps else {}),
-                "row": row,
-                "name": name,
-                "contestant": base,
-                "seed": int(seed or 1),
-                "stack": "peers" if re.split(r"\W", base)[0] in PEERS else "nemo",
-                "profile": args.profile or bool(profile),
-                "accelerator": args.accelerator,
-            }
+    rows = itertools.chain.from_iterable(selected(word).items() for word in args.rows or ["layout"])
+    for row, contestant in dict.fromkeys((row, contestant) for row, names in rows for contestant in names):
+        name, profile, _ = contestant.partition(" profile")
+        base, _, seed = name.partition(" seed ")
+        yield {
+            "steps": 15,
+            "warmup": 4,
+            "lr": 1e-4,
+            "layout": (1, 1, 1, 1),
+            "data_seed": 1,
+            **ROWS[row][0],
+            **({"steps": args.steps} if args.steps else {}),
+            "row": row,
+            "name": name,
+            "contestant": base,
+            "seed": int(seed or 1),
+            "stack": "peers" if re.split(r"\W", base)[0] in PEERS else "nemo",
+            "profile": args.profile or bool(profile),
+            "accelerator": args.accelerator,
+        }
 
 
 class Server:
@@ -371,7 +371,6 @@ def serve(args):
     """The other side: import the stack, measure each cell that standard input holds, answer in a line each."""
     answer = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what the stack prints goes to the log
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit())
     with without_cuda():
         if args.serve == "ceilings":
             import gpu_measure as stack
@@ -381,6 +380,7 @@ def serve(args):
             import gpu_nemo as stack
         else:
             import gpu_peers as stack
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # its forks end with it
     for line in sys.stdin:
         answer.write(json.dumps(measured(stack, json.loads(line))) + "\n")
         answer.flush()
@@ -389,9 +389,8 @@ def serve(args):
 def measured(stack, cell):
     """The cell's row, of as many forks of this process as its layout has ranks."""
     world = math.prod(cell.get("layout", ()))
-    ranks = {"WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "GROUP_RANK": 0}
-    # Lightning asks for the run's id
-    ranks |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "TORCHELASTIC_RUN_ID": "benchmark"}
+    ranks = {"WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "GROUP_RANK": 0, "MASTER_ADDR": "127.0.0.1"}
+    ranks |= {"MASTER_PORT": free_port(), "TORCHELASTIC_RUN_ID": "benchmark"}  # Lightning asks for it
     processes, answers = {}, {}
     try:
         for rank in range(world):

@@ -300,8 +300,8 @@ class Heartbeat(Callback):
 
     def beat(self, what):
         """Something has moved: `what`."""
-        self.last = what
-        self.deadline = time.monotonic() + (self.seconds if self.settled else max(self.SLOW, self.seconds))
+        self.last, self.allowed = what, self.seconds if self.settled else max(self.SLOW, self.seconds)
+        self.deadline = time.monotonic() + self.allowed
 
     def on_train_start(self, trainer, pl_module):
         self.trainer, self.main = trainer, threading.get_ident()
@@ -363,10 +363,10 @@ class Heartbeat(Callback):
             if now - before > 10:  # all of this process stood still, as in a job that Slurm suspends
                 self.deadline += now - before
                 until += now - before
-            before, saves = now, self._saves()
+            before, saves, slow = now, self._saves(), _patient or self.trainer.num_nodes > 1
             if saves or _patient:
                 since = since or now
-                if _patient or self.trainer.num_nodes > 1:
+                if slow:
                     until = since + self.SLOW
                 elif now == since or now > looked + self.seconds / 8:
                     looked, found = now, self._files()
@@ -382,8 +382,7 @@ class Heartbeat(Callback):
                 # A thread of C: it ends the process when this one gets no turn, as where C code holds Python's lock.
                 faulthandler.dump_traceback_later(max(self.seconds, limit - now) + 5, exit=True)
             time.sleep(1)
-        slow = not self.settled or since and (_patient or self.trainer.num_nodes > 1)
-        seconds = max(self.SLOW, self.seconds) if slow else self.seconds
+        seconds = max(self.SLOW, self.allowed) if since and slow else self.allowed
         stack = traceback.extract_stack(sys._current_frames()[self.main])[-1]
         where = f"at {stack.filename}:{stack.lineno} in {stack.name}"
         if "torch/distributed" in stack.filename:

@@ -294,7 +294,7 @@ def _groups(args, rows, packs):
         size, batch = None, args.global_batch_size
     else:
         lengths = {name: [len(ids) - 1 for _, ids, _ in rows[name]] for name in FILES}
-        ranks, stages = preflight.data_parallel_size(args), args.pipeline_model_parallel_size
+        ranks = preflight.data_parallel_size(args)
         size = args.packed_sequence_size or packing.pack_size(
             lengths["training"],
             max(map(max, lengths.values())),
@@ -302,7 +302,7 @@ def _groups(args, rows, packs):
             ranks,
             args.longest_pack,
             math.lcm(packing.MULTIPLE, args.tensor_model_parallel_size),
-            4 * stages if stages > 1 else 1,  # a pipeline is busy only while there are some for all of its stages
+            preflight.least_micro_batches(args),
         )
         size = packs[0] if packs else size
         groups = {"training": packing.pack(lengths["training"], size, args.seed)}

@@ -30,10 +30,9 @@ class LowRank(torch.autograd.Function):
     def backward(ctx, grad):
         rows, low, a, b = ctx.saved_tensors
         flat = grad.reshape(-1, grad.shape[-1])
-        grad_low = flat.mm(b).mul_(ctx.scale)
-        grad_b = flat.t().mm(low).mul_(ctx.scale)
+        grad_low, grad_a, grad_b = _gradients(flat, rows, low, b, ctx.scale)
         grad_x = grad_low.mm(a).view(ctx.shape) if ctx.needs_input_grad[1] else None
-        return grad, grad_x, grad_low.t().mm(rows), grad_b, None
+        return grad, grad_x, grad_a, grad_b, None
 
 
 class FrozenLowRank(torch.autograd.Function):
@@ -54,10 +53,15 @@ class FrozenLowRank(torch.autograd.Function):
     def backward(ctx, grad):
         rows, low, w, a, b = ctx.saved_tensors
         flat = grad.reshape(-1, grad.shape[-1])
-        grad_low = flat.mm(b).mul_(ctx.scale)
-        grad_b = flat.t().mm(low).mul_(ctx.scale)
+        grad_low, grad_a, grad_b = _gradients(flat, rows, low, b, ctx.scale)
         grad_x = flat.mm(w).addmm_(grad_low, a).view(ctx.shape) if ctx.needs_input_grad[0] else None
-        return grad_x, None, grad_low.t().mm(rows), grad_b, None
+        return grad_x, None, grad_a, grad_b, None
+
+
+def _gradients(grad, rows, low, b, scale):
+    """Of `low` (..., rank), A and B, from that of the output."""
+    grad_low = grad.mm(b).mul_(scale)
+    return grad_low, grad_low.t().mm(rows), grad.t().mm(low).mul_(scale)
 
 
 STOCK = lora.LoRALinear.forward

@@ -32,8 +32,9 @@ def _choose_layout(args, model):
     given = any(getattr(args, name) for name in names)
     for name in names:
         setattr(args, name, getattr(args, name) or 1)
-    if given or model is None or args.num_nodes * args.num_gpus == 1:
+    if given or model is None:
         return []
+    world = args.num_nodes * args.num_gpus
     layouts = itertools.product(
         [size for size in (1, 2, 4, 8) if size <= args.num_gpus],
         [size for size in range(1, model.num_hidden_layers + 1) if model.num_hidden_layers % size == 0],
@@ -42,7 +43,7 @@ def _choose_layout(args, model):
     )
     for layout in sorted(layouts, key=lambda sizes: (math.prod(sizes), *sizes[1:])):
         change = dict(zip(names, layout))
-        if args.num_nodes * args.num_gpus % math.prod(layout) == 0 and _fits(args, model, change):
+        if world % math.prod(layout) == 0 and _fits(args, model, change):
             for name, size in change.items():
                 setattr(args, name, size)
             return [] if layout == (1, 1, 1) else ["-T {} -P {} -C {}".format(*layout)]
@@ -57,13 +58,11 @@ def _choose_micro_batch_size(args, model):
     given, args.micro_batch_size = args.micro_batch_size, args.micro_batch_size or 1
     if given or model is None or not _may_grow(args, model) or getattr(args, "packing", False) is not False:
         return []
-    stages, replicas = args.pipeline_model_parallel_size, preflight.data_parallel_size(args)
-    least = 4 * stages if stages > 1 else 1  # micro batches: a pipeline is busy only while all stages have some
-    size = 2
+    replicas, size = preflight.data_parallel_size(args), 2
     while (
         size * args.seq_length <= TOKENS * args.context_parallel_size
         and args.global_batch_size % (size * replicas) == 0
-        and args.global_batch_size // (size * replicas) >= least
+        and args.global_batch_size // (size * replicas) >= preflight.least_micro_batches(args)
         and _fits(args, model, {"micro_batch_size": size})
     ):
         args.micro_batch_size, size = size, 2 * size

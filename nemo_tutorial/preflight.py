@@ -53,6 +53,12 @@ def data_parallel_size(args):
     return max(1, args.num_nodes * args.num_gpus // model_parallel)
 
 
+def least_micro_batches(args):
+    """Of a GPU in a step, to aim for: a pipeline is busy only while there are some for all of its stages."""
+    stages = args.pipeline_model_parallel_size
+    return 4 * stages if stages > 1 else 1
+
+
 def divisors(*numbers):
     """What divides all `numbers`, as text: '1, 2, 4'."""
     common = math.gcd(*numbers)

@@ -259,8 +259,11 @@ def test_the_layout_that_is_chosen(shape, load_script, capsys, fields, words, sc
     assert runs.hardware_problems(args, model) == [] and runs.model_problems(args, model) == []
     sizes = (args.tensor_model_parallel_size, args.pipeline_model_parallel_size, args.context_parallel_size)
     assert sizes == layout and args.sequence_parallel == (layout[0] > 1)
-    given = layout == (1, 1, 1) or {"-C", "-T"} & set(words)
-    assert given or "-T {} -P {} -C {}".format(*layout) in capsys.readouterr().out
+    chosen = layout != (1, 1, 1) and not {"-C", "-T"} & set(words)
+    words = ["-T {} -P {} -C {}".format(*layout)] if chosen else []
+    words += [f"-m {args.micro_batch_size}"] if args.micro_batch_size > 1 else []
+    said = f"not given, so chosen for {plan.gpu_memory(args)[0]:.3g} GiB: {' '.join(words)}"
+    assert capsys.readouterr().out.strip() == (said if words else "")
 
 
 LLAMA32_3B = {"num_hidden_layers": 28, "hidden_size": 3072, "intermediate_size": 8192, "num_attention_heads": 24}
