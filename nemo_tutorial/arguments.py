@@ -282,7 +282,7 @@ def add_training(parser, global_batch_size):
         "-m",
         "--micro_batch_size",
         type=positive,
-        help="samples a GPU at a time [as many as fit, up to 32,768 tokens; 1 without a GPU, with experts, of packs]",
+        help="samples a GPU at a time [1; pretraining on GPUs, without experts: as many as fit, up to 32,768 tokens]",
     )
     group.add_argument("--lr", type=float, help="peak learning rate")
     group.add_argument("--min_lr", type=float, help="learning rate at the end [a tenth of --lr]")

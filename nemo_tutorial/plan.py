@@ -51,12 +51,13 @@ def _choose_layout(args, model):
 
 
 def _choose_micro_batch_size(args, model):
-    """The micro batch size: 1, on GPUs doubled for as long as it fits. Returns what was chosen, as words.
+    """The micro batch size: 1, in pretraining on GPUs doubled for as long as it fits. Returns the choice, as words.
 
-    A pack is a micro batch of one, and rows are packed as long as nobody says otherwise: see `longest_pack`.
+    Not of instruction rows: a pack is a micro batch of one (see `longest_pack`), and rows that are not packed are
+    padded to the longest beside them, the more the more there are.
     """
     given, args.micro_batch_size = args.micro_batch_size, args.micro_batch_size or 1
-    if given or model is None or not _may_grow(args, model) or getattr(args, "packing", False) is not False:
+    if given or model is None or not _may_grow(args, model) or hasattr(args, "packing"):
         return []
     replicas, size = preflight.data_parallel_size(args), 2
     while (

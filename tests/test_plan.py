@@ -295,6 +295,14 @@ def test_the_micro_batch_size_that_is_chosen(shape, load_script, capsys, fields,
     assert capsys.readouterr().out.strip() == (chosen if micro_batch_size > 1 and "-m" not in words else "")
 
 
+@pytest.mark.parametrize("words", ["", "--no_packing"])
+def test_rows_of_other_lengths_are_not_put_beside_one_another(shape, load_script, words):
+    """They would be padded to the longest."""
+    words = f"-D x --dry_run --accelerator gpu --executor slurm -g 64 -G 1 -s 1024 {words}".split()
+    args, model = load_script("finetuning/finetune.py").parse_args(words), shape(**LLAMA32_1B)
+    assert runs.hardware_problems(args, model) == [] and args.micro_batch_size == 1
+
+
 @pytest.mark.parametrize(
     "fields, words, tokens",
     [
