@@ -7,10 +7,10 @@ From the repository root, on a machine with a GPU (rows that are measured alread
     python benchmarks/gpu.py --layouts            # of all GPUs of this machine
     python benchmarks/gpu.py --table
 
-Each cell (a contestant in a row) runs in a process of its own, forked from one that has imported NeMo. Random weights,
-random tokens, the first steps dropped, the median of the others. Tokens/s are of the whole loop, logging included,
-without validation and checkpoints. TFLOP/s count 6 N + 6 L h s a token: N parameters in matrix products (a frozen one
-counts 4), causal attention once; MFU is of 989 TFLOP/s.
+Each cell (a contestant in a row) runs in processes of its own, which imported NeMo while the cell before was measured.
+Random weights, random tokens, the first steps dropped, the median of the others. Tokens/s are of the whole loop,
+logging included, without validation and checkpoints. TFLOP/s count 6 N + 6 L h s a token: N parameters in matrix
+products (a frozen one counts 4), causal attention once; MFU is of 989 TFLOP/s.
 """
 
 import argparse
@@ -31,7 +31,6 @@ import tempfile
 import time
 import traceback
 from pathlib import Path
-from unittest import mock
 
 # Nothing is installed: make the repository root importable, wherever the script is started from.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -149,11 +148,11 @@ ROWS = {
             "ours+mbs2+lean",
             "stock seed 2",
             "stock seed 3",
-            "ours+mbs2+lean_fp8",
             "ours+mbs2+wgrad",
             "ours+mbs2+grads_bf16",
             "ours+mbs2+fp8_current_all",
             "ours+mbs2+fp8_delayed",
+            "ours+mbs2+lean_fp8",
         ),
     ),
     # Instruction rows, packed and padded: tokens that are no padding.
@@ -291,43 +290,77 @@ def cells(args):
         }
 
 
-class Server:
-    """A process that has imported a stack, which takes longer than most cells: each cell's processes are its forks."""
+class Processes:
+    """Processes that have imported a stack, which takes longer than most cells, and wait for one: a rank each.
 
-    def __init__(self, stack, args, folder):
-        environment = os.environ | {
+    As one is taken, the next begins to import. Forks of a single one can't use the GPU: some import has touched it.
+    """
+
+    def __init__(self, stack, args, folder, ranks):
+        self.environment = os.environ | {
             "TOKENIZERS_PARALLELISM": "false",
             "TORCH_NCCL_AVOID_RECORD_STREAMS": "1",
             "NCCL_NVLS_ENABLE": "0",
             "HF_HUB_OFFLINE": "1",
-            "PYTORCH_NVML_BASED_CUDA_CHECK": "1",  # asks for GPUs without using them: see without_cuda
         }
         if args.accelerator == "cpu" and stack == "nemo":
             path = [str(ROOT / "nemo_tutorial" / "no_gpu"), os.environ.get("PYTHONPATH")]
-            environment |= {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join(filter(None, path))}
-        with open(folder / f"{stack}.log", "ab") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-u", __file__, "--serve", stack, "--accelerator", args.accelerator],
+            self.environment |= {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join(filter(None, path))}
+        self.command = [sys.executable, "-u", __file__, "--serve", stack, "--accelerator", args.accelerator]
+        self.log = folder / f"{stack}.log"
+        self.waiting = [self.started() for _ in range(ranks)]
+
+    def started(self):
+        with open(self.log, "ab") as log:
+            return subprocess.Popen(
+                self.command,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
-                env=environment,
+                env=self.environment,
                 text=True,
-                start_new_session=True,
+                start_new_session=True,  # to be ended with all that it starts
             )
 
     def ask(self, cell, until):
         """The cell's row; {"error": ...} if it failed or had not ended `until` (time.monotonic)."""
+        world = math.prod(cell.get("layout", ()))
+        ranks, self.waiting = self.waiting[:world], self.waiting[world:] + [self.started() for _ in range(world)]
+        shared = {"WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "GROUP_RANK": 0, "MASTER_ADDR": "127.0.0.1"}
+        shared |= {"MASTER_PORT": free_port(), "TORCHELASTIC_RUN_ID": "benchmark"}  # Lightning asks for it
+        answers = {}
         try:
-            self.process.stdin.write(json.dumps(cell | {"until": until}) + "\n")
-            self.process.stdin.flush()
-            return json.loads(self.process.stdout.readline() or '{"error": "its process died; see the log"}')
-        except BrokenPipeError:
-            return {"error": "its process died; see the log"}
+            for number, rank in enumerate(ranks):
+                own = shared | {"RANK": number, "LOCAL_RANK": number} if world > 1 else {}
+                with contextlib.suppress(BrokenPipeError):
+                    rank.stdin.write(json.dumps({"cell": cell, "environment": own}) + "\n")
+                    rank.stdin.flush()
+            while len(answers) < world:
+                # Those that have measured answer together; where one has failed, the others may wait for ever.
+                patience = 10 if answers else max(0, until - time.monotonic())
+                open_ = {rank.stdout: rank for rank in ranks if rank not in answers}
+                ready, _, _ = select.select(open_, [], [], patience)
+                if not ready:
+                    break
+                for pipe in ready:
+                    answers[open_[pipe]] = json.loads(pipe.readline() or '{"error": "its process died; see the log"}')
+        finally:
+            for rank in ranks:
+                end(rank)
+        if not answers:
+            return {"error": "stopped: its time was up"}
+        return together([answers.get(rank) for rank in ranks])
 
     def close(self):
-        self.process.terminate()
-        self.process.wait()
+        for process in self.waiting:
+            end(process)
+
+
+def end(process):
+    """End a process and all that it has started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def together(rows):
@@ -346,86 +379,24 @@ def free_port():
         return listener.getsockname()[1]
 
 
-@contextlib.contextmanager
-def without_cuda():
-    """Import a stack without a GPU being used: a process that has used one can't be forked."""
-    import torch
-    from torch.utils import cpp_extension
-
-    def compiled(*args, **kwargs):
-        raise RuntimeError("Megatron's allocator for inference is compiled for half a minute, and not used here")
-
-    query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
-    found = subprocess.run(query, capture_output=True, text=True).stdout.split() if shutil.which("nvidia-smi") else []
-    capability = tuple(int(number) for number in (found or ["0.0"])[0].split("."))
-    with (
-        mock.patch.object(torch.cuda, "get_device_capability", lambda *_: capability),
-        mock.patch.object(cpp_extension, "load_inline", compiled),
-    ):
-        yield
-    if torch.cuda.is_initialized():
-        raise SystemExit("importing has used the GPU: its forks can't")
-
-
 def serve(args):
-    """The other side: import the stack, measure each cell that standard input holds, answer in a line each."""
+    """The other side: import the stack, measure the one cell that standard input brings, answer in a line."""
     answer = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what the stack prints goes to the log
-    with without_cuda():
-        if args.serve == "ceilings":
-            import gpu_measure as stack
-        elif args.serve == "nemo":
-            if args.accelerator == "cpu":
-                import nemo_tutorial.cpu  # noqa: F401  patches NeMo
-            import gpu_nemo as stack
-        else:
-            import gpu_peers as stack
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # its forks end with it
-    for line in sys.stdin:
-        answer.write(json.dumps(measured(stack, json.loads(line))) + "\n")
-        answer.flush()
-
-
-def measured(stack, cell):
-    """The cell's row, of as many forks of this process as its layout has ranks."""
-    world = math.prod(cell.get("layout", ()))
-    ranks = {"WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "GROUP_RANK": 0, "MASTER_ADDR": "127.0.0.1"}
-    ranks |= {"MASTER_PORT": free_port(), "TORCHELASTIC_RUN_ID": "benchmark"}  # Lightning asks for it
-    processes, answers = {}, {}
-    try:
-        for rank in range(world):
-            reading, writing = os.pipe()
-            processes[reading] = os.fork()
-            if processes[reading] == 0:
-                os.setsid()  # to be ended with all that it starts
-                if world > 1:
-                    os.environ.update({name: str(value) for name, value in ranks.items()})
-                    os.environ.update({"RANK": str(rank), "LOCAL_RANK": str(rank)})
-                measure(stack, cell, writing)
-            os.close(writing)
-        while len(answers) < world:
-            # Those that have measured answer together; where one has failed, the others may wait for ever.
-            patience = 10 if answers else max(0, cell["until"] - time.monotonic())
-            ready, _, _ = select.select([pipe for pipe in processes if pipe not in answers], [], [], patience)
-            if not ready:
-                break
-            for pipe in ready:
-                with open(pipe, closefd=False) as file:
-                    answers[pipe] = json.loads(file.readline() or '{"error": "its process died; see the log"}')
-    finally:
-        for pipe, process in processes.items():
-            os.close(pipe)
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process, signal.SIGKILL)
-            os.waitpid(process, 0)
-    if not answers:
-        return {"error": "stopped: its time was up"}
-    return together([answers.get(pipe) for pipe in processes])
-
-
-def measure(stack, cell, writing):
-    """In a fork: measure, write the row into the pipe `writing`, and end."""
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if args.serve == "ceilings":
+        import gpu_measure as stack
+    elif args.serve == "nemo":
+        if args.accelerator == "cpu":
+            import nemo_tutorial.cpu  # noqa: F401  patches NeMo
+        import gpu_nemo as stack
+    else:
+        import gpu_peers as stack
+    line = sys.stdin.readline()
+    if not line:  # no cell was left
+        return
+    task = json.loads(line)
+    cell = task["cell"]
+    os.environ.update({name: str(value) for name, value in task["environment"].items()})
     with tempfile.TemporaryDirectory() as folder:
         try:
             os.chdir(folder)
@@ -435,8 +406,8 @@ def measure(stack, cell, writing):
             traceback.print_exc()
             row = {"error": f"{type(error).__name__}: {error}".replace("\n", " ")[:400]}
         os.chdir("/")
-    with open(writing, "w") as file:
-        file.write(json.dumps(row) + "\n")
+    answer.write(json.dumps(row) + "\n")
+    answer.flush()
     os._exit(0)  # no clean-up: it would wait for communicators and threads
 
 
@@ -512,33 +483,38 @@ def run(args):
     folder = Path(args.results).resolve().parent / "gpu_logs"
     folder.mkdir(parents=True, exist_ok=True)
     until = began + args.seconds
-    servers = {stack: Server(stack, args, folder) for stack in dict.fromkeys(cell["stack"] for cell in todo)}
+    ranks = {}
+    for cell in todo:
+        ranks[cell["stack"]] = max(ranks.get(cell["stack"], 1), math.prod(cell["layout"]))
+    processes = {stack: Processes(stack, args, folder, count) for stack, count in ranks.items()}
+    if args.accelerator == "gpu" and todo:
+        ceilings = Processes("ceilings", args, folder, 1)
+        here["ceilings"] = ceilings.ask({}, until)
+        ceilings.close()
+        print(f"{name}: {here['ceilings']}", flush=True)
     try:
-        if args.accelerator == "gpu" and todo:
-            servers["ceilings"] = Server("ceilings", args, folder)
-            here["ceilings"] = servers["ceilings"].ask({}, until)
-            print(f"{name}: {here['ceilings']}", flush=True)
-        longest = 0
+        longest = {}  # of a row's cells
         for cell in todo:
-            if until - time.monotonic() < max(15, longest):
+            if until - time.monotonic() < max(15, longest.get(cell["row"], 0)):
                 print(f"no time left for {cell['row']} {cell['name']} and after; the same command goes on", flush=True)
                 break
             start = time.monotonic()
             sizes = [size for size in MICRO_BATCHES if cell["gbs"] % size == 0] if cell["stack"] == "peers" else [None]
             for size in sizes:
-                row = servers[cell["stack"]].ask({**cell, "mbs": size}, until)
+                row = processes[cell["stack"]].ask({**cell, "mbs": size}, until)
                 if "out of memory" not in row.get("error", ""):
                     break
             took = time.monotonic() - start
-            longest = max(longest, took) if cell is not todo[0] else 0  # the first waits for the import
+            if cell is not todo[0]:  # that one waits for the import
+                longest[cell["row"]] = max(took, longest.get(cell["row"], 0))
             row |= {"machine": name, "wall_s": round(took, 1), "date": time.strftime("%Y-%m-%d %H:%M")}
             row |= {key: cell[key] for key in ("model", "kind", "seq", "gbs", "seed", "layout")}
             results["rows"].setdefault(cell["row"], {})[f"{cell['name']} @ {name}"] = row
             save(args.results, results)
             print(line(cell["row"], cell["name"], row), flush=True)
     finally:
-        for server in servers.values():
-            server.close()
+        for waiting in processes.values():
+            waiting.close()
 
 
 def line(row, name, found):

@@ -26,6 +26,7 @@ SHAPES = {
     "3b": (28, 3072, 8192, 24, 128, True),
     "8b": (32, 4096, 14336, 32, 128, False),
 }
+DTYPES = {"torch.float32": "fp32", "torch.bfloat16": "bf16", "torch.uint8": "fp8"}
 RECIPES = {"tensorwise": "current_scaling", "blockwise": "subchannel_scaling", "mxfp8": "mxfp8"}
 
 
@@ -56,6 +57,10 @@ def flags(cell, stock):
         words += f" --recompute {settings['recompute_granularity']}"
         if settings["recompute_granularity"] == "selective":
             words += f" --recompute_modules {' '.join(settings['recompute_modules'])}"
+    if settings.get("use_precision_aware_optimizer"):
+        words += " --use_precision_aware_optimizer"
+        for name in ("main_grads_dtype", "exp_avg_dtype", "exp_avg_sq_dtype"):
+            words += f" --{name} {DTYPES[settings[name]]}"
     args = script.parse_args(words.split())
     preflight.fill_hardware(args)
     args.sequence_parallel = tp > 1
@@ -76,10 +81,15 @@ def cells():
 if __name__ == "__main__":
     rows = []
     for row, name, cell, estimate in cells():
-        parts = (estimate.weights, estimate.gradients, estimate.optimizer, estimate.activations)
+        parts = (
+            estimate.weights,
+            estimate.gradients,
+            estimate.optimizer,
+            max(estimate.activations, estimate.step),
+        )
         found = estimate.allocated / memory.GIB
         off = f"{found / cell['allocated_gb'] - 1:+.1%}"
         split = " + ".join(f"{part / memory.GIB:.1f}" for part in parts)
         rows.append([row, name, cell["allocated_gb"], f"{found:.1f}", off, split])
-    parts = "weights + gradients + optimizer + activations"
+    parts = "weights + gradients + optimizer + activations, or the optimizer's step"
     terminal.table(["row", "contestant", "measured", "estimate", "off by", parts], rows)

@@ -1,12 +1,42 @@
 """The only place that asks which version or feature is there."""
 
+import contextlib
 import inspect
+import os
+import sys
+import time
+from pathlib import Path
+
+BUILDING = 180  # seconds after which a build that goes on is none any more; here one took half a minute
 
 
 def supported(function, **kwargs):
     """The part of `kwargs` that `function` takes in this version of NeMo or NeMo-Run."""
     parameters = inspect.signature(function).parameters
     return {name: value for name, value in kwargs.items() if name in parameters}
+
+
+def wait_for_build():
+    """To be called before NeMo is imported where there is a GPU: Megatron 0.15 then compiles an allocator, once.
+
+    A process that is killed meanwhile leaves torch's lock, and whoever imports NeMo after it waits for ever, without a
+    word. So wait here for a lock that is young, and remove one that is old.
+    """
+    root = os.environ.get("TORCH_EXTENSIONS_DIR")
+    pattern = "managed_alloc_runtime/lock"
+    if not root:
+        root = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "torch_extensions"
+        pattern = f"*/{pattern}"
+    for lock in Path(root).glob(pattern):
+        said = False
+        with contextlib.suppress(FileNotFoundError):
+            while time.time() - lock.stat().st_mtime < BUILDING:
+                if not said:
+                    print(f"waiting for another process, which compiles for NeMo: {lock}", file=sys.stderr, flush=True)
+                    said = True
+                time.sleep(0.5)
+            lock.unlink()
+            print(f"removed {lock}: the process that compiled for NeMo was killed", file=sys.stderr, flush=True)
 
 
 def fp8_plugin(recipe):

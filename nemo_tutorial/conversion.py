@@ -27,6 +27,7 @@ from nemo_tutorial import checkpoints, models, terminal, weights
 
 # As NeMo's connectors have it.
 SAVING = {"ckpt_save_optimizer": False, "ckpt_async_save": False, "always_save_context": True}
+LOADING = {"ddp": "pytorch", "setup_optimizers": False}
 
 
 def alone(**strategy):
@@ -263,7 +264,7 @@ def compare_logits(checkpoint, folder):
     Both are whole in memory here.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    trainer = alone(ddp="pytorch", setup_optimizers=False)
+    trainer = alone(**LOADING)
     nemo, _ = exporter(Path(checkpoint)).nemo_load(Path(checkpoint), trainer)
     nemo = nemo.eval().to(device)
     # "eager": transformers' faster ways of attention leave out Gemma 2's soft caps.

@@ -217,6 +217,26 @@ class ZeroCentredLayerNorm(torch.nn.LayerNorm):
         return F.layer_norm(x.float(), self.normalized_shape, weight, bias, self.eps).type_as(x)
 
 
+class ExtraState:
+    """The empty extra state of a norm of Transformer Engine's: on a GPU, a checkpoint without it can't be loaded."""
+
+    def get_extra_state(self):
+        return torch.empty(0, dtype=torch.uint8)
+
+    def set_extra_state(self, state):
+        pass
+
+
+# By Megatron's name and whether weights are zero-centred.
+NORMS = {
+    ("RMSNorm", False): torch.nn.RMSNorm,
+    ("LayerNorm", False): torch.nn.LayerNorm,
+    ("RMSNorm", True): ZeroCentredRMSNorm,
+    ("LayerNorm", True): ZeroCentredLayerNorm,
+}
+WITH_EXTRA_STATE = {name: type(kind.__name__, (ExtraState, kind), {}) for name, kind in NORMS.items()}
+
+
 def _patch_megatron():
     from megatron.core import optimizer
     from megatron.core.dist_checkpointing.strategies import filesystem_async
@@ -225,6 +245,7 @@ def _patch_megatron():
     from megatron.core.transformer.dot_product_attention import DotProductAttention
     from megatron.core.transformer.torch_norm import WrappedTorchNorm
     from megatron.core.transformer.transformer_config import TransformerConfig
+    from megatron.core.transformer.transformer_layer import TransformerLayer
 
     # The tracker of Megatron's generators asks CUDA's for its state.
     random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
@@ -242,10 +263,8 @@ def _patch_megatron():
     TransformerConfig.__post_init__ = no_fusion
 
     def norm(cls, config, hidden_size, eps=1e-5, **kwargs):
-        kind = {"RMSNorm": torch.nn.RMSNorm, "LayerNorm": torch.nn.LayerNorm}[config.normalization]
-        if config.layernorm_zero_centered_gamma:
-            kind = {"RMSNorm": ZeroCentredRMSNorm, "LayerNorm": ZeroCentredLayerNorm}[config.normalization]
-        module = kind(hidden_size, eps=eps, dtype=config.params_dtype)
+        kind = config.normalization, bool(config.layernorm_zero_centered_gamma)
+        module = WITH_EXTRA_STATE[kind](hidden_size, eps=eps, dtype=config.params_dtype)
         for param in module.parameters():
             param.sequence_parallel = config.sequence_parallel
         return module
@@ -253,6 +272,17 @@ def _patch_megatron():
     # The stock one is float32 always ("dtype mismatch" on import) and refuses sequence parallelism, and the norms of
     # Gemma and Nemotron ("zero_centered_gamma not supported by torch LayerNorm").
     WrappedTorchNorm.__new__ = norm
+
+    layer_init = TransformerLayer.__init__
+
+    def init(self, *args, **kwargs):
+        layer_init(self, *args, **kwargs)
+        for prefix in self.submodules_config.sharded_state_dict_keys_map:
+            module = getattr(self, prefix.rstrip("."), None)
+            if isinstance(module, ExtraState):  # in Transformer Engine a part of a linear layer, which has the state
+                module.__class__ = type(module).__bases__[1]
+
+    TransformerLayer.__init__ = init
 
     attention = DotProductAttention.forward
 

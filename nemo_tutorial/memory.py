@@ -36,12 +36,13 @@ class Estimate:
     gradients: float
     optimizer: float
     activations: float  # at the peak, with what the loss and the last layer's backward pass need
+    step: float  # while the optimizer steps and activations are gone: float32 copies of what it keeps in less
     reserve: float
 
     @property
     def allocated(self):
         """What PyTorch will have allocated at the peak."""
-        return self.weights + self.gradients + self.optimizer + self.activations
+        return self.weights + self.gradients + self.optimizer + max(self.activations, self.step)
 
     @property
     def total(self):
@@ -124,6 +125,15 @@ def state_bytes(args):
     return BYTES[args.main_grads_dtype or "fp32"], copy + moments, not args.peft
 
 
+def step_bytes(args):
+    """Bytes a trained parameter that Transformer Engine's Adam takes while it steps: it computes in float32."""
+    if args.precision == "fp32" or not args.use_precision_aware_optimizer:
+        return 0
+    return 4 * sum(
+        (getattr(args, name) or "fp32") != "fp32" for name in ("main_params_dtype", "exp_avg_dtype", "exp_avg_sq_dtype")
+    )
+
+
 def weight_bytes(args):
     """Bytes a weight of a layer: FP8 keeps each twice, one of them transposed; block scaling, the bf16 one as well."""
     if args.precision == "fp32":
@@ -151,15 +161,13 @@ def _stage(model, args, stage):
     weights = weight_bytes(args) * (dense + experts) + element * others
     gradient, state, spread = state_bytes(args)
     if args.peft:
-        trained = layers * _adapter_parameters(model, args)
+        trained = stepped = layers * _adapter_parameters(model, args)
         weights += element * trained
-        gradients, optimizer = gradient * trained, state * trained
     else:
         trained = dense + experts + others
-        gradients = gradient * trained
         over = replicas * cp if spread else 1
         over_experts = max(1, world // (pp * args.expert_model_parallel_size * _expert_tensor_size(args)))
-        optimizer = state * ((dense + others) / over + experts / (over_experts if spread else 1))
+        stepped = (dense + others) / over + experts / (over_experts if spread else 1)
     activations = _activations(model, args, stage, replicas)
     reserve = RESERVE["context"] + RESERVE["fragmentation"] * activations
     return Estimate(
@@ -167,9 +175,10 @@ def _stage(model, args, stage):
         parameters=round(dense + experts + others + (trained if args.peft else 0)),
         trained=round(trained),
         weights=weights,
-        gradients=gradients,
-        optimizer=optimizer,
+        gradients=gradient * trained,
+        optimizer=state * stepped,
         activations=activations,
+        step=step_bytes(args) * stepped,
         reserve=reserve + (RESERVE["communication"] if world > 1 else 0),
     )
 

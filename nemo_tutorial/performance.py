@@ -31,7 +31,8 @@ SETTINGS = [
     Setting(
         "one replica",
         "nothing to overlap or to average with one data-parallel replica; NaN is looked for once a step, not a bucket",
-        lambda args: preflight.data_parallel_size(args) == 1,
+        # Not of gradients in bf16: see recipes.set_memory.
+        lambda args: preflight.data_parallel_size(args) == 1 and args.main_grads_dtype != "bf16",
         {
             "trainer.strategy.ddp.overlap_grad_reduce": False,
             "trainer.strategy.ddp.overlap_param_gather": False,

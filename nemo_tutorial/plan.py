@@ -131,7 +131,11 @@ def describe_memory(args, model):
     rows = [
         ("weights", f"{gib(estimate.weights)}, {terminal.number(estimate.parameters)} parameters{trained}"),
         ("gradients", gib(estimate.gradients)),
-        ("optimizer", gib(estimate.optimizer)),
+        (
+            "optimizer",
+            gib(estimate.optimizer)
+            + (f", and {gib(estimate.step)} while it steps, in place of the activations" if estimate.step else ""),
+        ),
         ("activations", f"{gib(estimate.activations)} at the peak, recomputed: {recomputed(args, model)}"),
         ("reserve", f"{gib(estimate.reserve)} for CUDA" + (", NCCL" if args.num_nodes * args.num_gpus > 1 else "")),
         (

@@ -6,6 +6,7 @@ from pathlib import Path
 import fiddle as fdl
 import nemo_run as run
 import torch
+from megatron.core.distributed import DistributedDataParallelConfig
 from nemo import lightning as nl
 from nemo.collections import llm
 from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTokenizer
@@ -227,8 +228,13 @@ def set_memory(recipe, args, model):
         setattr(optim, name, dtypes[getattr(args, name) or "fp32"])
     if args.main_grads_dtype == "bf16":  # the buffers that the gradients are summed up in
         recipe.trainer.plugins.grad_reduce_in_fp32 = False
-        if isinstance(recipe.trainer.strategy.ddp, fdl.Buildable):
-            recipe.trainer.strategy.ddp.grad_reduce_in_fp32 = False
+        strategy = recipe.trainer.strategy
+        if not isinstance(strategy.ddp, fdl.Buildable):  # what NeMo makes of the word that a finetune recipe has
+            strategy.ddp = run.Config(DistributedDataParallelConfig, check_for_nan_in_grad=True)
+        strategy.ddp.grad_reduce_in_fp32 = False
+        if not args.peft:
+            # In buckets: as one, 8B parameters' gradients in bf16 were NaN in the first step; why is not known.
+            strategy.ddp.overlap_grad_reduce = strategy.ddp.overlap_param_gather = True
 
 
 def set_adapter(recipe, args, model):

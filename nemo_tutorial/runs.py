@@ -11,6 +11,7 @@ from pathlib import Path
 
 from nemo_tutorial import (
     checkpoints,
+    compat,
     config,
     faults,
     hub,
@@ -430,7 +431,8 @@ def start(args, stage, source, build_recipe, prepare=None):
     if args.executor == "local" and args.num_nodes > 1 and args.check_network:
         _meet(args, network.SECONDS)
     began = time.monotonic()
-    from nemo_tutorial import compat, executors, recipes
+    compat.wait_for_build()
+    from nemo_tutorial import executors, recipes
 
     try:
         recipe = recipes.resolved(build_recipe(), args)

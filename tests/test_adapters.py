@@ -37,7 +37,7 @@ def make_adapter(base, output, scheme, tokens):
 
     from nemo_tutorial import conversion
 
-    model, trainer = conversion.exporter(base).nemo_load(base)
+    model, trainer = conversion.exporter(base).nemo_load(base, conversion.alone(**conversion.LOADING))
     before = nemo_logits(model, tokens)
     model.trainer = trainer
     scheme(model)
@@ -136,7 +136,7 @@ def test_added_in_the_product(adapted, monkeypatch, case):
     from nemo_tutorial import conversion, lora
 
     _, base, _, tokens, *_ = adapted(case, "LoRA")
-    model, trainer = conversion.exporter(base).nemo_load(base)
+    model, trainer = conversion.exporter(base).nemo_load(base, conversion.alone(**conversion.LOADING))
     model.trainer = trainer
     peft.LoRA(dim=4, alpha=12, dropout=0.0)(model)
     torch.manual_seed(2)

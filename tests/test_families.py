@@ -142,6 +142,15 @@ SAVED = {
 }
 
 
+# Norms of a layer that are modules of their own in Transformer Engine: a GPU asks a checkpoint for their extra state.
+NORMS = {
+    "Gemma2": {"self_attention.linear_proj.post_layernorm", "mlp.linear_fc2.post_layernorm"},
+    "Mixtral": {"pre_mlp_layernorm"},
+    "Qwen3": {"self_attention.q_layernorm", "self_attention.k_layernorm"},
+    "Qwen3Moe": {"self_attention.q_layernorm", "self_attention.k_layernorm", "pre_mlp_layernorm"},
+}
+
+
 def make_model(folder, family, fields, tokenizer):
     """A tiny random model, no parameter of which is constant, as transformers writes it."""
     import torch
@@ -199,6 +208,9 @@ def test_there_and_back(case, tokenizer, tmp_path):
     entries = FileSystemReader(nemo / "weights").read_metadata().state_dict_metadata
     for name, shape in SAVED.get(case, {}).items():
         assert tuple(entries[f"module.decoder.layers.{name}"].size) == shape
+    norms = {f"layers.{norm}" for norm in NORMS.get(family, ())} | {"final_layernorm"}
+    states = {name.partition("._extra_state")[0] for name in entries if "norm" in name and "_extra_state" in name}
+    assert states == {f"module.decoder.{norm}" for norm in norms}
     source.rename(moved)
     conversion.export(nemo, back)
     exported = load_file(back / "model.safetensors")

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from argparse import Namespace
 from pathlib import Path
@@ -16,7 +17,7 @@ import psutil
 import pytest
 from conftest import ROOT, script
 
-from nemo_tutorial import checkpoints, faults
+from nemo_tutorial import checkpoints, compat, faults
 
 TRAIN = (
     "--dataset_path data/pre --split 90,10,0 --seq_length 128 --global_batch_size 8 --micro_batch_size 4 "
@@ -96,6 +97,37 @@ def test_changed_data(tmp_path):
 )
 def test_restart(step, failures, allowed, again):
     assert faults.restart(step, failures, allowed)[0] is again
+
+
+@pytest.mark.parametrize("own_folder", [True, False])
+def test_the_lock_of_a_killed_build_goes(tmp_path, monkeypatch, capsys, own_folder):
+    """An old lock is removed, a young one waited for until it goes or is old; what else lies there stays."""
+    monkeypatch.setattr(compat, "BUILDING", 2)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    root = tmp_path / "torch_extensions/py311_cu130"
+    monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
+    if own_folder:
+        root = tmp_path / "mine"
+        monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(root))
+    compat.wait_for_build()  # nothing was ever built
+    build = root / "managed_alloc_runtime"
+    build.mkdir(parents=True)
+    (build / "build.ninja").touch()
+    compat.wait_for_build()
+    (build / "lock").touch()
+    os.utime(build / "lock", (1e9, 1e9))
+    compat.wait_for_build()
+    assert capsys.readouterr().err.startswith("removed")
+    (build / "lock").touch()
+    threading.Timer(1, (build / "lock").unlink).start()
+    began = time.monotonic()
+    compat.wait_for_build()
+    assert time.monotonic() - began > 0.9
+    said = capsys.readouterr().err
+    assert said.count("waiting for another process") == 1 and "removed" not in said
+    (build / "lock").touch()
+    compat.wait_for_build()
+    assert [path.name for path in build.iterdir()] == ["build.ninja"] and "removed" in capsys.readouterr().err
 
 
 def plan(folder, *more, check=True):
@@ -213,7 +245,8 @@ class Run:
         self.log = folder / f"{name}.log"
         with open(self.log, "ab") as log:
             self.began = log.tell()
-            env = os.environ | {"PYTHONPATH": str(folder / "inject")}
+            path = [str(folder / "inject"), os.environ.get("PYTHONPATH")]
+            env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, path))}
             self.process = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log, env=env)
 
     def metrics_text(self):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import signal
 import subprocess
@@ -33,6 +34,8 @@ TRAIN = (
     "6e-3",
     "--num_workers",
     0,
+    "--num_gpus",
+    1,
 )
 
 
@@ -224,6 +227,8 @@ def _start(stages, name):
         "--experiment",
         name,
         *map(str, TRAIN),
+        "--num_gpus",
+        "2",
         "--max_steps",
         "5000",
         "--val_check_interval",
@@ -239,13 +244,13 @@ def _start(stages, name):
 
 
 def test_a_dying_rank_fails_the_run(stages):
-    """SIGKILL to the rank: exit 1 and the path of the log."""
+    """SIGKILL to one of two ranks: exit 1, the path of the log, and no rank is left."""
     process = _start(stages, "dying")
     workers = [pid for pid, line in _ranks(stages) if "torchrun" not in line and "torch.distributed" not in line]
-    assert workers
-    for pid in workers:
-        subprocess.run(["kill", "-KILL", str(pid)])
+    assert len(workers) >= 2
+    os.kill(workers[-1], signal.SIGKILL)
     assert process.wait(timeout=120) == 1
+    assert _ranks(stages) == []
     output = (stages / "dying.log").read_text()
     assert "failed" in output and "combined.log" in output
 

@@ -10,7 +10,7 @@ from nemo_tutorial import memory, models, schedule
 pytestmark = pytest.mark.nemo
 FLAGS = (
     "--hf_model_id hf_model/tiny --dataset_path data/pre --split 90,10,0 --seq_length 128 --global_batch_size 8 "
-    "--micro_batch_size 4 --num_workers 0 --precision fp32 --limit_val_batches 1"
+    "--micro_batch_size 4 --num_workers 0 --precision fp32 --limit_val_batches 1 --num_gpus 1"
 )
 
 

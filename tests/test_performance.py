@@ -17,6 +17,7 @@ GPU = {
     "tensor_model_parallel_size": 1,
     "pipeline_model_parallel_size": 1,
     "context_parallel_size": 1,
+    "main_grads_dtype": None,
 }
 
 
@@ -31,7 +32,7 @@ def test_nemos_own_settings_stay(flags):
 
 def test_one_replica_overlaps_nothing():
     assert "one replica" in names() and "one replica" in names(num_gpus=4, tensor_model_parallel_size=4)
-    assert "one replica" not in names(num_gpus=8)
+    assert "one replica" not in names(num_gpus=8) and "one replica" not in names(main_grads_dtype="bf16")
 
 
 def test_adapters_without_dropout_are_added_in_the_product():
@@ -67,6 +68,16 @@ def test_they_reach_the_recipe(kind):
         ddp = recipe.trainer.strategy.ddp
         assert stock is True and ddp.check_for_nan_in_grad is True
         assert (ddp.overlap_grad_reduce, ddp.overlap_param_gather, ddp.average_in_collective) == (False,) * 3
+
+
+@pytest.mark.nemo
+@pytest.mark.parametrize("kind", ["pretrain", "finetune"])
+def test_gradients_in_bf16_keep_their_buckets(build, kind):
+    """In one bucket, those of 8B parameters were NaN in the first step."""
+    words = "--use_precision_aware_optimizer --main_grads_dtype bf16 --exp_avg_dtype bf16"
+    ddp = build(kind, words).recipe.trainer.strategy.ddp
+    assert ddp.overlap_grad_reduce is True and ddp.overlap_param_gather is True
+    assert ddp.grad_reduce_in_fp32 is False and ddp.check_for_nan_in_grad is True
 
 
 @pytest.mark.nemo

@@ -142,6 +142,8 @@ def test_the_bytes_of_what_is_trained(shape, flags):
     dtypes = "--main_grads_dtype bf16 --exp_avg_dtype bf16 --exp_avg_sq_dtype bf16"
     lean = estimate(model, flags(f"-G 1 --use_precision_aware_optimizer {dtypes}"))
     assert (lean.weights, lean.gradients, lean.optimizer) == (2 * count, 2 * count, 6 * count)
+    assert (one.step, full.step, lean.step) == (0, 0, 8 * count)  # the moments in float32, while it steps
+    assert lean.allocated == 18 * count > lean.weights + lean.gradients + lean.optimizer + lean.activations
 
 
 def test_what_makes_activations_smaller(shape, flags):

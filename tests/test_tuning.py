@@ -22,7 +22,7 @@ def model(stages):
     """The tiny model in NeMo, in fp32, in this process."""
     from nemo_tutorial import conversion, cpu  # noqa: F401  (cpu: Megatron without a GPU)
 
-    trainer = conversion.alone(ddp="pytorch", setup_optimizers=False)
+    trainer = conversion.alone(**conversion.LOADING)
     nemo, _ = conversion.exporter(stages / "nemo_ckpt/tiny").nemo_load(stages / "nemo_ckpt/tiny", trainer)
     nemo = nemo.eval().float()
     for module in nemo.modules():
