@@ -293,7 +293,7 @@ def cells(args):
 class Processes:
     """Processes that have imported a stack, which takes longer than most cells, and wait for one: a rank each.
 
-    As one is taken, the next begins to import. Forks of a single one can't use the GPU: some import has touched it.
+    As one is taken, another begins to import. Forks of a single one can't use the GPU: some import has touched it.
     """
 
     def __init__(self, stack, args, folder, ranks):
@@ -486,7 +486,8 @@ def run(args):
     ranks = {}
     for cell in todo:
         ranks[cell["stack"]] = max(ranks.get(cell["stack"], 1), math.prod(cell["layout"]))
-    processes = {stack: Processes(stack, args, folder, count) for stack, count in ranks.items()}
+    ahead = 2 if args.accelerator == "gpu" else 1  # an import takes longer than the steps of a small cell
+    processes = {stack: Processes(stack, args, folder, ahead * count) for stack, count in ranks.items()}
     if args.accelerator == "gpu" and todo:
         ceilings = Processes("ceilings", args, folder, 1)
         here["ceilings"] = ceilings.ask({}, until)

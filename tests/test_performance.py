@@ -1,8 +1,12 @@
 """Which settings of speed a run gets, and that they reach NeMo's recipe."""
 
+import json
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
+from conftest import ROOT
 
 from nemo_tutorial import performance
 
@@ -108,3 +112,20 @@ def test_off_leaves_the_recipe_as_it_was():
     before = recipes.as_text(recipe)
     recipes.set_performance(recipe, args)
     assert recipes.as_text(recipe) == before
+
+
+@pytest.mark.nemo
+def test_the_benchmark_can_be_rehearsed(tmp_path):
+    """One process, two, and a peer, each cell in processes of its own; what is measured is left out the next time."""
+    rows = ["layout-parity-tp2", "tiny=ours,transformers"]
+    command = [sys.executable, str(ROOT / "benchmarks/gpu.py"), "--accelerator", "cpu", "--layouts", "--gpus", "2"]
+    command += ["--steps", "2", "--results", str(tmp_path / "gpu.json"), "--rows", *rows]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads((tmp_path / "gpu.json").read_text())["rows"]
+    cells = {(row, name.split(" @")[0]): cell for row, names in found.items() for name, cell in names.items()}
+    assert set(cells) == {("layout-parity-tp2", "ours seed 1"), ("tiny", "ours"), ("tiny", "transformers")}
+    for cell in cells.values():
+        assert cell["step_s"] > 0 and cell["loss"][-1] < cell["loss"][0], cell
+    again = subprocess.run(command, capture_output=True, text=True, timeout=30)  # shorter than an import of NeMo
+    assert again.returncode == 0 and again.stdout.count(" ours ") == done.stdout.count(" ours ") / 2
