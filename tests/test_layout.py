@@ -13,6 +13,7 @@ STDLIB_ONLY = (
     "arguments",
     "blends",
     "checkpoints",
+    "compat",
     "config",
     "corpora",
     "dataset_report",
