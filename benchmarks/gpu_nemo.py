@@ -13,7 +13,6 @@ import gpu_measure
 import nemo_run as run
 import torch
 from lightning.pytorch.callbacks import Callback
-from megatron.core.distributed import DistributedDataParallelConfig
 from nemo.collections import llm
 from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTokenizer
 from nemo.collections.llm.gpt.data.mock import MockDataModule
@@ -181,10 +180,7 @@ def environment(**values):
 def ddp(**values):
     def change(recipe):
         for name, value in values.items():
-            if not isinstance(getattr(recipe.trainer.strategy, "ddp", None), fdl.Buildable):
-                # What the strategy makes of "megatron", which the fine-tuning recipes leave in place.
-                recipe.trainer.strategy.ddp = run.Config(DistributedDataParallelConfig, check_for_nan_in_grad=True)
-            setattr(recipe.trainer.strategy.ddp, name, value)
+            setattr(recipes.ddp_config(recipe), name, value)
 
     return change
 

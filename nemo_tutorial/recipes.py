@@ -228,13 +228,19 @@ def set_memory(recipe, args, model):
         setattr(optim, name, dtypes[getattr(args, name) or "fp32"])
     if args.main_grads_dtype == "bf16":  # the buffers that the gradients are summed up in
         recipe.trainer.plugins.grad_reduce_in_fp32 = False
-        strategy = recipe.trainer.strategy
-        if not isinstance(strategy.ddp, fdl.Buildable):  # what NeMo makes of the word that a finetune recipe has
-            strategy.ddp = run.Config(DistributedDataParallelConfig, check_for_nan_in_grad=True)
-        strategy.ddp.grad_reduce_in_fp32 = False
+        ddp = ddp_config(recipe)
+        ddp.grad_reduce_in_fp32 = False
         if not args.peft:
             # In buckets: as one, 8B parameters' gradients in bf16 were NaN in the first step; why is not known.
-            strategy.ddp.overlap_grad_reduce = strategy.ddp.overlap_param_gather = True
+            ddp.overlap_grad_reduce = ddp.overlap_param_gather = True
+
+
+def ddp_config(recipe):
+    """The recipe's config of Megatron's data parallelism; a finetune recipe has a word there, until now."""
+    strategy = recipe.trainer.strategy
+    if not isinstance(strategy.ddp, fdl.Buildable):  # what NeMo makes of the word
+        strategy.ddp = run.Config(DistributedDataParallelConfig, check_for_nan_in_grad=True)
+    return strategy.ddp
 
 
 def set_adapter(recipe, args, model):
