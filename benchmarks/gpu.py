@@ -102,7 +102,6 @@ ROWS = {
             "ours+mbs2+quiet+log10 profile",
             "ours+mbs2+gc",
             "ours+mbs2+nonan",
-            "ours+mbs2+te_swiglu",
             "ours+mbs2+qkv_rope",
             "ours+mbs2+adam_bf16",
             "ours+mbs2+grads_bf16",
@@ -134,7 +133,6 @@ ROWS = {
         (
             "ours+mbs1",
             "ours+mbs2+gc",
-            "ours+mbs2+te_swiglu",
             "ours+mbs2+fp8_current_nogather",
             "ours+mbs2+quiet+log10 profile",
         ),

@@ -251,6 +251,12 @@ def lora_fuser(recipe):
     recipe.trainer.callbacks.append(run.Config(FuseLoRA))
 
 
+def lora_norm(recipe):
+    from gpu_trials import fold_norm
+
+    fold_norm()
+
+
 def cuda_graphs(recipe):
     config(cuda_graph_impl="local", use_te_rng_tracker=True)(recipe)
     recipe.trainer.strategy.use_te_rng_tracker = True
@@ -313,8 +319,8 @@ CHANGES = {
     "connections": environment(CUDA_DEVICE_MAX_CONNECTIONS="8"),
     "fuser": config(use_transformer_engine_op_fuser=True),
     "qkv_rope": config(fused_single_qkv_rope=True),
-    "te_swiglu": config(use_te_activation_func=True, bias_activation_fusion=False),
     "lora_fuser": lora_fuser,
+    "lora_norm": lora_norm,
     "graphs": cuda_graphs,
     "recompute_selective": config(recompute_granularity="selective", recompute_modules=["core_attn"]),
     "recompute_norm": config(recompute_granularity="selective", recompute_modules=["layernorm"]),

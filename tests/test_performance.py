@@ -39,6 +39,11 @@ def test_one_replica_overlaps_nothing():
     assert "one replica" not in names(num_gpus=8) and "one replica" not in names(main_grads_dtype="bf16")
 
 
+def test_attention_that_is_split_is_transformer_engines():
+    assert {"attention", "activation"} <= names()
+    assert "attention" not in names(num_gpus=2, context_parallel_size=2)
+
+
 def test_adapters_without_dropout_are_added_in_the_product():
     assert "adapter" in names(peft="lora", num_gpus=4)
     for flags in ({}, {"lora_dropout": 0.1}, {"tensor_model_parallel_size": 4, "num_gpus": 4}, {"peft": "dora"}):
@@ -57,7 +62,7 @@ def test_they_reach_the_recipe(kind):
     """Every value is in NeMo's recipe, unless that has no such part (a finetuning recipe says nothing of DDP)."""
     import fiddle as fdl
 
-    from nemo_tutorial import hooks, lora, recipes
+    from nemo_tutorial import hooks, kernels, lora, recipes
 
     peft = "lora" if kind == "finetune_recipe" else None
     args = SimpleNamespace(**GPU | {"accelerator": "gpu", "experiment": "x", "peft": peft})
@@ -68,6 +73,7 @@ def test_they_reach_the_recipe(kind):
     assert recipe.model.config.cross_entropy_fusion_impl == "te"
     callbacks = [fdl.get_callable(callback) for callback in recipe.trainer.callbacks]
     assert (lora.AddedInProduct in callbacks) == (kind == "finetune_recipe") and hooks.FreezeHeap in callbacks
+    assert kernels.FlashAttention3 in callbacks and kernels.SwiGLU in callbacks
     if kind == "pretrain_recipe":
         ddp = recipe.trainer.strategy.ddp
         assert stock is True and ddp.check_for_nan_in_grad is True
