@@ -27,9 +27,18 @@ CLASSES = {
 
 
 def tokens(vocabulary, seed, index, count):
-    """`count` token ids of sample `index`, Zipf-distributed so that there is something to learn: int64, (count,)."""
+    """`count` token ids of sample `index`, int64, (count,): Zipf-distributed, half of them decided by the one before.
+
+    So that there is more to learn than how frequent each is: that takes fifty steps, and then all seeds lose the same.
+    """
     generator = np.random.default_rng((seed, index))
-    return (generator.zipf(1.2, count) - 1) % vocabulary
+    drawn = (generator.zipf(1.2, count) - 1) % vocabulary
+    places = np.arange(count)
+    fresh = np.maximum.accumulate(np.where(generator.random(count) < 0.5, places, 0))  # the last that was drawn
+    for since in range(1, int((places - fresh).max()) + 1):
+        follows = places[places - fresh == since]
+        drawn[follows] = (drawn[follows - 1] * 7919 + 12345) % vocabulary
+    return drawn
 
 
 def lengths(seed, count):

@@ -5,6 +5,7 @@ python benchmarks/memory.py
 
 import importlib.util
 import json
+import re
 import sys
 import tempfile
 from pathlib import Path
@@ -38,8 +39,10 @@ def shape(name):
         return models.from_config(path)
 
 
-def flags(cell, stock):
-    """The training script's flags that a cell of gpu.json stands for."""
+def flags(cell, name):
+    """The training script's flags that a cell of gpu.json, a contestant's, stands for."""
+    packs = re.search(r"packed_(\d)", name)
+    seq = cell["seq"] * int(packs[1] if packs else 1)
     pretrain, settings = cell["kind"] == "pretrain", cell["settings"]
     path = ROOT / ("pretraining/pretrain.py" if pretrain else "finetuning/finetune.py")
     spec = importlib.util.spec_from_file_location(path.stem, path)
@@ -47,8 +50,9 @@ def flags(cell, stock):
     spec.loader.exec_module(script)
     tp, pp, cp, dp = cell.get("layout", (1, 1, 1, 1))
     words = f"-D x --dry_run --accelerator gpu -G {tp * pp * cp * dp} -T {tp} -P {pp} -C {cp}"
-    words += f" -m {cell['micro_batch_size']} -s {cell['seq']} -g {cell['gbs']}"
-    words += " --performance off" if stock else ""
+    words += f" -m {cell['micro_batch_size']} -s {seq} -g {cell['gbs']}"
+    words += " --performance off" if name.startswith("stock") else ""
+    words += " --virtual_pipeline_model_parallel_size 2" if "+vpp" in name else ""
     if "fp8" in settings:
         words += " --fp8"
         words += f" --fp8_recipe {RECIPES[settings['fp8_recipe']]}" if settings["fp8_recipe"] in RECIPES else ""
@@ -75,7 +79,7 @@ def cells():
             if "settings" not in cell or cell.get("padding", 0) > 0.1:
                 continue  # a peer; rows padded to their micro batch's longest, shorter than --seq_length says
             if cell.get("allocated_gb") and cell.get("model") in SHAPES and cell["kind"] in ("pretrain", "sft", "lora"):
-                yield row, name, cell, memory.estimate(shape(cell["model"]), flags(cell, name.startswith("stock")))
+                yield row, name, cell, memory.estimate(shape(cell["model"]), flags(cell, name))
 
 
 if __name__ == "__main__":

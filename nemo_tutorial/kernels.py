@@ -45,6 +45,8 @@ class FlashAttention3(Callback):
     def setup(self, trainer, pl_module, stage):
         if flash_attention_3():
             te.TEDotProductAttention.forward = attention
+            if trainer.is_global_zero:
+                print("attention: FlashAttention 3", flush=True)
 
 
 def flash_attention_3():
@@ -59,7 +61,7 @@ def flash_attention_3():
         try:
             torch.ops.load_library(str(library))
         except OSError as error:  # the CUDA runtime that it was built for is not there
-            terminal.warn(f"FlashAttention 3 is there but can't be loaded, so cuDNN's attention is used: {error}")
+            terminal.warn(f"FlashAttention 3 is there but can't be loaded, so cuDNN's attention is used: {error.__cause__ or error}")
     return torch.ops.flash_attn_3 if hasattr(torch.ops.flash_attn_3, "bwd") else None
 
 
