@@ -61,7 +61,8 @@ def flash_attention_3():
         try:
             torch.ops.load_library(str(library))
         except OSError as error:  # the CUDA runtime that it was built for is not there
-            terminal.warn(f"FlashAttention 3 is there but can't be loaded, so cuDNN's attention is used: {error.__cause__ or error}")
+            why = error.__cause__ or error
+            terminal.warn(f"FlashAttention 3 is there but can't be loaded, so cuDNN's attention is used: {why}")
     return torch.ops.flash_attn_3 if hasattr(torch.ops.flash_attn_3, "bwd") else None
 
 
@@ -87,6 +88,7 @@ def attention(self, query, key, value, mask, attn_mask_type, attention_bias=None
         and not (self.attention_dropout and self.training)
         and not self.deterministic
         and getattr(self, "softmax_type", "vanilla") == "vanilla"
+        and not getattr(self, "return_max_logit", False)
         and self.config.context_parallel_size == 1
         and not self.config.fp8_dot_product_attention
     )

@@ -117,6 +117,7 @@ def test_flash_attention_gives_the_same(operators, packed):
         {"attention_dropout": 0.1},
         {"deterministic": True},
         {"softmax_type": "learnable"},
+        {"return_max_logit": True},
         {"config": SimpleNamespace(context_parallel_size=2, fp8_dot_product_attention=False)},
         {"config": SimpleNamespace(context_parallel_size=1, fp8_dot_product_attention=True)},
         {"mask": "no_mask"},
