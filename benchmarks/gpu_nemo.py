@@ -471,7 +471,7 @@ def measure(cell, tokenizer):
             if found:
                 return
             shape = pl_module.config
-            weights = list(pl_module.parameters())  # of this rank
+            weights = list(trainer.strategy.megatron_parallel.parameters())  # of this rank, all parts of its stage
             count = sum(weight.numel() for weight in weights)
             trained = sum(weight.numel() for weight in weights if weight.requires_grad)
             found["parameters"], found["trained"] = count, trained

@@ -76,8 +76,8 @@ def cells():
     for row, found in json.loads((ROOT / "benchmarks/gpu.json").read_text())["rows"].items():
         for name, cell in found.items():
             name = name.split(" @")[0]
-            if "settings" not in cell or cell.get("padding", 0) > 0.1:
-                continue  # a peer; rows padded to their micro batch's longest, shorter than --seq_length says
+            if "settings" not in cell or cell.get("padding", 0) > 0.1 or "+fa3_" in name:
+                continue  # a peer; rows padded to their micro batch's longest, shorter than --seq_length says; a trial
             if cell.get("allocated_gb") and cell.get("model") in SHAPES and cell["kind"] in ("pretrain", "sft", "lora"):
                 yield row, name, cell, memory.estimate(shape(cell["model"]), flags(cell, name))
 

@@ -113,7 +113,8 @@ MEASURED = list(benchmark().cells())
 def test_the_estimate_is_near_what_was_measured(cell, found):
     """PyTorch's peak on an H100, within 8 %."""
     assert found.allocated / memory.GIB == pytest.approx(cell["allocated_gb"], rel=0.08)
-    assert found.trained == pytest.approx(cell["trained"], rel=1e-4)
+    if "trained" in cell:  # of one with parts of a stage, one part's were counted
+        assert found.trained == pytest.approx(cell["trained"], rel=1e-4)
 
 
 def test_enough_was_measured():
