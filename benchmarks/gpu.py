@@ -545,23 +545,23 @@ def table(args):
             print(line(row, key.split(" @ ")[0], found))
         for key, found in contestants.items():
             if found.get("kernels"):
-                print(f"  {key.split(' @ ')[0]}: {found['kernels']['classes_ms']} of {found['kernels']['step_ms']} ms")
-    parity(results)
+                profile = found["kernels"]
+                between = profile.get("idle_between_steps_ms")
+                waits = "" if between is None else f", {between} of them idle between steps"
+                print(f"  {key.split(' @ ')[0]}: {profile['classes_ms']} of {profile['step_ms']} ms{waits}")
+    for row in ("iid-parity", "parity"):  # before 2026-11-29 the tokens were independent of one another
+        parity(row, results["rows"].get(row, {}))
     layout_parity(results)
     if args.plot:
         plot(results, args.plot)
 
 
-def parity(results):
+def parity(row, contestants):
     """Mean difference of the loss to stock over steps 51-100, against what stock's with other weights differ by."""
-    found = {
-        key.split(" @ ")[0]: row["loss"][50:100]
-        for key, row in results["rows"].get("parity", {}).items()
-        if "loss" in row
-    }
+    found = {key.split(" @ ")[0]: cell["loss"][50:100] for key, cell in contestants.items() if "loss" in cell}
     if "stock" not in found:
         return
-    print("\nloss of steps 51-100 less stock's: mean, and mean of the absolute differences")
+    print(f"\n{row}: loss of steps 51-100 less stock's: mean, and mean of the absolute differences")
     for name, losses in found.items():
         pairs = list(zip(losses, found["stock"]))
         mean = sum(a - b for a, b in pairs) / len(pairs)

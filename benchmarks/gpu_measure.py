@@ -133,33 +133,41 @@ def kernels(profiler):
         return None
     between = statistics.mean(idle_around(mark, work) for mark in marks[1:4])
     start, end = marks[1], marks[3]
-    work = sorted((e for e in work if start <= e["ts"] < end), key=lambda event: event["ts"])
-    busy, until, classes, names, counts, gaps, last = 0.0, start, {}, {}, {}, [], "step's start"
+    classes, names, counts = {}, {}, {}
     for event in work:
-        name, finish = event["name"], event["ts"] + event["dur"]
-        if "spin_kernel" not in name:
+        name = event["name"]
+        if start <= event["ts"] < end and "spin_kernel" not in name:
             kind = next(kind for kind, pattern in CLASSES.items() if re.search(pattern, name, re.IGNORECASE))
             classes[kind] = classes.get(kind, 0) + event["dur"] / 2e3
             names[name] = names.get(name, 0) + event["dur"] / 2e3
             counts[name] = counts.get(name, 0) + 1
-        busy += max(0.0, min(finish, end) - max(event["ts"], until))
-        if event["ts"] > until:
-            gaps.append((round((event["ts"] - until) / 1e3, 3), f"{last[:60]} -> {name[:60]}"))
-        until, last = max(until, finish), name
+    found = list(gaps(work, start, end))
+    long = sorted(((round(gap / 1e3, 3), where) for gap, where in found), reverse=True)
     longest = sorted(names.items(), key=lambda item: -item[1])[:25]
     return {
         "step_ms": round((end - start) / 2e3, 2),
-        "idle": round(1 - busy / (end - start), 4),
+        "idle": round(sum(gap for gap, _ in found) / (end - start), 4),
         "idle_between_steps_ms": round(between / 1e3, 3),
         "classes_ms": {kind: round(value, 2) for kind, value in sorted(classes.items(), key=lambda item: -item[1])},
         "longest_ms": {f"{name[:160]} x{counts[name] // 2}": round(value, 2) for name, value in longest},
-        "gaps": len(gaps),
+        "gaps": len(found),
         "gaps_over_0.1_ms": {
-            "count": sum(gap > 0.1 for gap, _ in gaps),
-            "sum_ms": round(sum(g for g, _ in gaps if g > 0.1), 1),
+            "count": sum(gap > 0.1 for gap, _ in long),
+            "sum_ms": round(sum(gap for gap, _ in long if gap > 0.1), 1),
         },
-        "longest_gaps_ms": sorted(gaps, reverse=True)[:20],
+        "longest_gaps_ms": long[:20],
     }
+
+
+def gaps(work, start, end):
+    """(microseconds, "kernel before -> kernel after") of each time from `start` to `end` in which no kernel runs."""
+    until, last = start, "start"
+    for event in sorted((e for e in work if start <= e["ts"] < end), key=lambda event: event["ts"]):
+        if event["ts"] > until:
+            yield event["ts"] - until, f"{last[:60]} -> {event['name'][:60]}"
+        until, last = max(until, event["ts"] + event["dur"]), event["name"]
+    if until < end:
+        yield end - until, f"{last[:60]} -> end"
 
 
 def idle_around(mark, work):
@@ -167,11 +175,7 @@ def idle_around(mark, work):
     products = [event for event in work if re.search(CLASSES["gemm"], event["name"], re.IGNORECASE)]
     start = max((e["ts"] + e["dur"] for e in products if e["ts"] < mark), default=mark)
     end = min((e["ts"] for e in products if e["ts"] > mark), default=mark)
-    idle, until = 0.0, start
-    for event in sorted((e for e in work if start <= e["ts"] < end), key=lambda event: event["ts"]):
-        idle += max(0.0, event["ts"] - until)
-        until = max(until, event["ts"] + event["dur"])
-    return idle + max(0.0, end - until)
+    return sum(gap for gap, _ in gaps(work, start, end))
 
 
 def ceilings():

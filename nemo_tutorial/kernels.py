@@ -53,16 +53,16 @@ def flash_attention_3():
     """Load torch.ops.flash_attn_3, of the package flash_attn_3 or of xformers 0.0.34; None where there is no such."""
     if torch.cuda.get_device_capability() != (9, 0):
         return None
-    with contextlib.suppress(ImportError):
-        import flash_attn_3._C  # noqa: F401  registers the operators
     xformers = importlib.util.find_spec("xformers")
     library = Path(xformers.submodule_search_locations[0], "flash_attn_3/_C.so") if xformers else None
-    if not hasattr(torch.ops.flash_attn_3, "bwd") and library and library.exists():
-        try:
+    try:
+        if importlib.util.find_spec("flash_attn_3"):
+            import flash_attn_3._C  # noqa: F401  registers the operators
+        elif library and library.exists():
             torch.ops.load_library(str(library))
-        except OSError as error:  # the CUDA runtime that it was built for is not there
-            why = error.__cause__ or error
-            terminal.warn(f"FlashAttention 3 is there but can't be loaded, so cuDNN's attention is used: {why}")
+    except (ImportError, OSError) as error:  # the CUDA runtime that it was built for is not there
+        why = error.__cause__ or error
+        terminal.warn(f"FlashAttention 3 is there but can't be loaded, so cuDNN's attention is used: {why}")
     return torch.ops.flash_attn_3 if hasattr(torch.ops.flash_attn_3, "bwd") else None
 
 

@@ -155,6 +155,7 @@ def test_without_dropout_in_validation(operators):
 @pytest.mark.parametrize(
     "capability, library, expected, warned",
     [
+        ((9, 0), "package fails", None, True),
         ((8, 0), "loads", None, False),
         ((9, 0), "loads", "operators", False),
         ((9, 0), "fails", None, True),
@@ -174,7 +175,12 @@ def test_where_flash_attention_is_used(monkeypatch, tmp_path, capsys, capability
     if library != "missing":
         (folder / "_C.so").touch()
     found = SimpleNamespace(submodule_search_locations=[str(tmp_path / "xformers")])
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: found)
+    there = {"xformers": found} | ({"flash_attn_3": found} if library == "package fails" else {})
+    monkeypatch.setattr(importlib.util, "find_spec", there.get)
+    package = tmp_path / "flash_attn_3"
+    package.mkdir()
+    (package / "_C.py").write_text("raise ImportError('libcudart.so.12: cannot open shared object file')")
+    monkeypatch.syspath_prepend(tmp_path)
     ops = SimpleNamespace(flash_attn_3=SimpleNamespace())
 
     def load_library(path):
