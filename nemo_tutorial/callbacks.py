@@ -200,6 +200,19 @@ def write_failure(folder, trainer, kind, message, step=None):
     print(f"rank {values['rank']}, step {step}, samples {values['samples']}: {message}", flush=True)
 
 
+def _bad_micro_batches(outputs):
+    """The numbers of those among a step's micro batches whose loss is NaN or infinite."""
+
+    def bad(value):
+        if isinstance(value, dict):
+            return any(bad(part) for part in value.values())
+        if isinstance(value, (list, tuple)):
+            return any(bad(part) for part in value)
+        return torch.is_tensor(value) and value.is_floating_point() and not bool(torch.isfinite(value).all())
+
+    return [number for number, output in enumerate(outputs or ()) if bad(output)]
+
+
 class LossGuard(Callback):
     """Stop when the loss or the gradients are NaN or infinite, or the loss jumps: before a checkpoint is overwritten.
 
@@ -207,33 +220,59 @@ class LossGuard(Callback):
     """
 
     STEPS = 20
+    VALUES = {"reduced_train_loss": "loss", "grad_norm": "gradient norm"}
     LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL")  # another rank is gone
 
     def __init__(self, folder, max_spike=None):
         self.folder, self.max_spike = folder, max_spike
         self.before, self.outputs = collections.deque(maxlen=self.STEPS), []
+        self.waiting = None  # a step, its micro batches' outputs, its values, and the event after which they are there
 
     def on_megatron_reduce_microbatches_start(self, step=None, microbatch_outputs=(), **kwargs):
         self.outputs = microbatch_outputs
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        values = {name: trainer.callback_metrics.get(name) for name in ("reduced_train_loss", "grad_norm")}
-        values = {name: float(value) for name, value in values.items() if value is not None}
+        self._judge(trainer)  # the step before; awaiting this one's values, the GPU would stand idle
+        logged = trainer.callback_metrics
+        found = {name: logged[name] for name in self.VALUES if name in logged}
+        if found:
+            together = torch.stack([value.detach().float().reshape(()) for value in found.values()])
+            values, there = together.to("cpu", non_blocking=True), None
+            if together.is_cuda:
+                there = torch.cuda.Event()
+                there.record()
+            self.waiting = trainer.global_step, self.outputs, dict(zip(found, values)), there
+
+    # Before anything is saved the last step is judged as well.
+
+    def on_validation_start(self, trainer, pl_module):
+        self._judge(trainer)
+
+    def on_train_end(self, trainer, pl_module):
+        self._judge(trainer)
+
+    def on_save_checkpoint(self, trainer, pl_module, checkpoint):
+        self._judge(trainer)
+
+    def _judge(self, trainer):
+        if not self.waiting:
+            return
+        (step, outputs, values, there), self.waiting = self.waiting, None
+        if there:
+            there.synchronize()
+        values = {name: value.item() for name, value in values.items()}
         for name, value in values.items():
             if not math.isfinite(value):
-                own = self._bad_micro_batches()
+                own = _bad_micro_batches(outputs)
                 time.sleep(0 if own else 3)  # the rank that it came from shall be the one that is named
                 where = f", in micro batch {', '.join(map(str, own))} of this rank" if own else ""
-                what = {"reduced_train_loss": "loss", "grad_norm": "gradient norm"}[name]
-                self._stop(trainer, "NaN", f"the {what} is {value}{where}")
+                self._stop(trainer, "NaN", f"the {self.VALUES[name]} is {value}{where}", step)
         loss = values.get("reduced_train_loss", 0.0)
         if self.max_spike and len(self.before) >= 5:
             mean = sum(self.before) / len(self.before)
             if loss > self.max_spike * mean:
-                what = (
-                    f"the loss is {loss:.4g}, {loss / mean:.3g} times the mean of the {len(self.before)} steps before"
-                )
-                self._stop(trainer, "spike", what)
+                before = f"{loss / mean:.3g} times the mean of the {len(self.before)} steps before"
+                self._stop(trainer, "spike", f"the loss is {loss:.4g}, {before}", step)
         self.before.append(loss)
 
     def on_validation_end(self, trainer, pl_module):
@@ -241,25 +280,22 @@ class LossGuard(Callback):
         if not math.isfinite(loss):  # of the validation's own rows, or of weights that a checkpoint is about to keep
             for name, weights in pl_module.named_parameters():
                 if not bool(torch.isfinite(weights.detach().float()).all()):
-                    self._stop(trainer, "NaN", f"the validation loss is {loss}, and {name} has NaN or infinity")
+                    what = f"the validation loss is {loss}, and {name} has NaN or infinity"
+                    self._stop(trainer, "NaN", what, trainer.global_step)
 
-    def _bad_micro_batches(self):
-        def bad(value):
-            if isinstance(value, dict):
-                return any(bad(part) for part in value.values())
-            if isinstance(value, (list, tuple)):
-                return any(bad(part) for part in value)
-            return torch.is_tensor(value) and value.is_floating_point() and not bool(torch.isfinite(value).all())
-
-        return [number for number, output in enumerate(self.outputs or ()) if bad(output)]
-
-    def _stop(self, trainer, kind, message):
-        write_failure(self.folder, trainer, kind, message, step=trainer.global_step)  # seen after it
+    def _stop(self, trainer, kind, message, step):
+        write_failure(self.folder, trainer, kind, message, step=step)
         raise SystemExit(1)
 
     def on_exception(self, trainer, pl_module, exception):
         if not isinstance(exception, Exception):  # a SystemExit: it has been said why
             return
+        try:
+            self._judge(trainer)  # the step before may be the cause
+        except SystemExit:
+            return
+        except RuntimeError:  # the GPU answers no more
+            pass
         text, kind = str(exception), "exception"
         if "NaN" in text or " Inf" in text:
             kind = "NaN"

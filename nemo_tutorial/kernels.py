@@ -4,6 +4,7 @@ benchmarks/README.md has what each is worth.
 """
 
 import contextlib
+import ctypes
 import importlib.util
 from pathlib import Path
 
@@ -39,11 +40,15 @@ def swiglu_by(op):
     return swiglu
 
 
+HEADS = (64, 128)  # whose attention is measured
+
+
 class FlashAttention3(Callback):
     """FlashAttention 3 for cuDNN's attention, on a Hopper GPU where it is installed."""
 
     def setup(self, trainer, pl_module, stage):
-        if flash_attention_3():
+        config = pl_module.config
+        if (config.kv_channels or config.hidden_size // config.num_attention_heads) in HEADS and flash_attention_3():
             te.TEDotProductAttention.forward = attention
             if trainer.is_global_zero:
                 print("attention: FlashAttention 3", flush=True)
@@ -59,11 +64,35 @@ def flash_attention_3():
         if importlib.util.find_spec("flash_attn_3"):
             import flash_attn_3._C  # noqa: F401  registers the operators
         elif library and library.exists():
-            torch.ops.load_library(str(library))
-    except (ImportError, OSError) as error:  # the CUDA runtime that it was built for is not there
+            load_with_runtime(library)
+    except (ImportError, OSError, RuntimeError, ValueError) as error:
         why = error.__cause__ or error
         terminal.warn(f"FlashAttention 3 is there but can't be loaded, so cuDNN's attention is used: {why}")
     return torch.ops.flash_attn_3 if hasattr(torch.ops.flash_attn_3, "bwd") else None
+
+
+def load_with_runtime(library):
+    """Load `library`, and before it the CUDA runtime that lies in its folder or below, if there is one.
+
+    xformers' library is built for CUDA 12. With PyTorch for CUDA 13 its runtime may not be where the loader finds it by
+    name: cuDNN's attention looks for both once, at its first call, and stops if there are two. So it is called before.
+    """
+    runtime = next(library.parent.rglob("libcudart.so.*"), None)
+    if runtime:
+        choose_runtime_of_cudnn()
+        ctypes.CDLL(str(runtime))
+    torch.ops.load_library(str(library))
+
+
+def choose_runtime_of_cudnn():
+    """A first call of Transformer Engine's attention by cuDNN; it draws no random number of the run's."""
+    from transformer_engine.pytorch.cpp_extensions import fused_attn
+
+    x = torch.zeros(64, 1, 1, 64, dtype=torch.bfloat16, device="cuda")
+    ends = torch.tensor([0, 64], dtype=torch.int32, device="cuda")
+    backend = fused_attn.FusedAttnBackend["F16_arbitrary_seqlen"]
+    options = {"qkv_layout": "sbhd_sbhd_sbhd", "attn_mask_type": "no_mask", "rng_gen": torch.Generator("cuda")}
+    fused_attn.fused_attn_fwd(False, 64, 64, ends, ends, x, x, x, x.dtype, backend, **options)
 
 
 STOCK_ATTENTION = getattr(te.TEDotProductAttention, "forward", None)  # None without Transformer Engine
@@ -83,7 +112,7 @@ def attention(self, query, key, value, mask, attn_mask_type, attention_bias=None
         and query.dtype == torch.bfloat16
         and len(query) == len(key)
         and query.shape[-1] == value.shape[-1]
-        and query.shape[-1] in (64, 128)  # measured
+        and query.shape[-1] in HEADS
         and self.window_size in (None, (-1, -1), (-1, 0))
         and not (self.attention_dropout and self.training)
         and not self.deterministic

@@ -48,6 +48,7 @@ class Progress(Callback):
         # On this object, not in the config: that is saved with every checkpoint. With several chunks of a pipeline
         # the others are copies made before, so that nothing is counted twice.
         pl_module.data_step = counted
+        pl_module.log = logged_without_waiting(pl_module.log, pl_module.device)
 
     def _count(self, batch):
         values = batch[0] if isinstance(batch, tuple) else batch
@@ -175,6 +176,22 @@ class Progress(Callback):
 
 
 EXTRA = ("tokens_per_second_per_gpu", "tflops_per_gpu", "mfu", "memory_gb")
+
+
+def logged_without_waiting(log, device):
+    """A LightningModule's `log` that never waits for `device`: the next step starts while this one's end still runs.
+
+    Lightning copies a number there and waits until it has arrived, and it makes numbers of what is for a progress bar,
+    also where there is none, whenever a callback asks for any value.
+    """
+
+    def quiet(name, value, *args, **kwargs):
+        if isinstance(value, (int, float)):
+            value = torch.tensor(value, dtype=torch.float32, pin_memory=device.type == "cuda")
+            value = value.to(device, non_blocking=True)
+        log(name, value, *args, **kwargs | {"prog_bar": False})
+
+    return quiet
 
 
 def sample_lengths(batch):

@@ -459,6 +459,68 @@ def test_nan_weights_are_not_saved(tmp_path):
     assert (found["kind"], found["step"], found["samples"]) == ("NaN", 21, [160, 167])
 
 
+@pytest.mark.nemo
+@pytest.mark.parametrize("hook", ["on_train_batch_end", "on_validation_start", "on_train_end", "on_save_checkpoint"])
+@pytest.mark.parametrize(
+    "last, kind, message",
+    [
+        (
+            {"reduced_train_loss": float("nan"), "grad_norm": 1.0},
+            "NaN",
+            "the loss is nan, in micro batch 1 of this rank",
+        ),
+        ({"reduced_train_loss": 2.0, "grad_norm": float("inf")}, "NaN", "the gradient norm is inf"),
+        ({"reduced_train_loss": 9.0}, "spike", "the loss is 9, 4.5 times the mean of the 6 steps before"),
+    ],
+)
+def test_a_step_is_judged_after_the_next_or_before_a_save(tmp_path, monkeypatch, hook, last, kind, message):
+    import torch
+
+    from nemo_tutorial import callbacks
+
+    monkeypatch.setattr(callbacks.time, "sleep", lambda seconds: None)
+    trainer = Namespace(datamodule=Namespace(data_sampler=Namespace(global_batch_size=8)), global_rank=0)
+    guard = callbacks.LossGuard(str(tmp_path), 3)
+
+    def step(number, values):
+        trainer.global_step = number
+        trainer.callback_metrics = {name: torch.tensor(value) for name, value in values.items()}
+        own = values["reduced_train_loss"] if kind == "NaN" else 2.0
+        guard.on_megatron_reduce_microbatches_start(microbatch_outputs=[{"loss": torch.tensor(x)} for x in (2.0, own)])
+        guard.on_train_batch_end(trainer, None, None, None, None)
+
+    for number in range(1, 7):
+        step(number, {"reduced_train_loss": 2.0, "grad_norm": 1.0})
+    step(7, last)
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(SystemExit):
+        if hook == "on_train_batch_end":
+            step(8, {"reduced_train_loss": 2.0, "grad_norm": 1.0})
+        else:
+            getattr(guard, hook)(trainer, None, *([{}] if hook == "on_save_checkpoint" else []))
+    found = json.loads((tmp_path / faults.FAILURE).read_text())
+    assert (found["kind"], found["step"], found["samples"], found["message"]) == (kind, 7, [48, 55], message)
+
+
+@pytest.mark.nemo
+def test_the_step_before_an_exception_is_the_cause(tmp_path):
+    import torch
+
+    from nemo_tutorial import callbacks
+
+    trainer = Namespace(datamodule=Namespace(data_sampler=Namespace(global_batch_size=8)), global_rank=0, global_step=3)
+    trainer.callback_metrics = {"reduced_train_loss": torch.tensor(float("nan"))}
+    guard = callbacks.LossGuard(str(tmp_path))
+    guard.on_megatron_reduce_microbatches_start(microbatch_outputs=[torch.tensor(float("nan"))])
+    guard.on_train_batch_end(trainer, None, None, None, None)
+    guard.on_exception(trainer, None, RuntimeError("found NaN in local grad norm"))
+    found = json.loads((tmp_path / faults.FAILURE).read_text())
+    assert (found["kind"], found["step"]) == ("NaN", 3)
+    (tmp_path / faults.FAILURE).unlink()
+    guard.on_exception(trainer, None, RuntimeError("found NaN in local grad norm"))
+    assert json.loads((tmp_path / faults.FAILURE).read_text())["step"] == 4
+
+
 @pytest.mark.full
 @pytest.mark.nemo
 def test_nan_stops_before_the_checkpoint(stages):

@@ -194,6 +194,40 @@ def test_where_flash_attention_is_used(monkeypatch, tmp_path, capsys, capability
     assert ("libcudart.so.12: cannot open" in capsys.readouterr().err) == warned
 
 
+@pytest.mark.parametrize("beside", [False, True])
+def test_the_runtime_beside_the_library(monkeypatch, tmp_path, beside):
+    """cuDNN has chosen its CUDA runtime before a second one is loaded, for which the library is."""
+    import torch
+
+    from nemo_tutorial import kernels
+
+    done = []
+    monkeypatch.setattr(kernels, "choose_runtime_of_cudnn", lambda: done.append("cuDNN"))
+    monkeypatch.setattr(kernels.ctypes, "CDLL", done.append)
+    monkeypatch.setattr(torch, "ops", SimpleNamespace(load_library=done.append))
+    runtime = tmp_path / "nvidia/cuda_runtime/lib/libcudart.so.12"
+    if beside:
+        runtime.parent.mkdir(parents=True)
+        runtime.touch()
+    kernels.load_with_runtime(tmp_path / "_C.so")
+    assert done == (["cuDNN", str(runtime)] if beside else []) + [str(tmp_path / "_C.so")]
+
+
+@pytest.mark.parametrize(
+    "kv_channels, heads, used", [(None, 32, True), (128, 64, True), (256, 32, False), (None, 64, False)]
+)
+def test_flash_attention_is_loaded_for_its_heads_alone(monkeypatch, capsys, kv_channels, heads, used):
+    from nemo_tutorial import kernels
+
+    monkeypatch.setattr(kernels, "flash_attention_3", lambda: True)
+    monkeypatch.setattr(kernels, "te", SimpleNamespace(TEDotProductAttention=SimpleNamespace(forward=None)))
+    config = SimpleNamespace(kv_channels=kv_channels, hidden_size=2048, num_attention_heads=heads)
+    trainer = SimpleNamespace(is_global_zero=True)
+    kernels.FlashAttention3().setup(trainer, SimpleNamespace(config=config), "fit")
+    assert kernels.te.TEDotProductAttention.forward == (kernels.attention if used else None)
+    assert ("attention: FlashAttention 3" in capsys.readouterr().out) == used
+
+
 def test_swiglu(monkeypatch):
     """Where there is a bias, or the input is not kept in bf16, Megatron's own stays."""
     import torch
