@@ -246,6 +246,8 @@ LLAMA31_70B = {
         (LLAMA32_1B, "-G 8", "pretraining/pretrain.py", (1, 1, 1)),
         ({}, "-G 8", "pretraining/pretrain.py", (2, 1, 1)),
         ({}, "-G 8 --gpu_memory 140", "pretraining/pretrain.py", (1, 1, 1)),
+        ({}, "-G 2 -g 8 --gpu_memory 140.4", "pretraining/pretrain.py", (1, 1, 1)),
+        ({}, "-G 2 -g 8 --gpu_memory 137", "pretraining/pretrain.py", (2, 1, 1)),
         ({}, "-G 8 --peft lora", "finetuning/finetune.py", (1, 1, 1)),
         ({}, "-G 8 -C 2", "pretraining/pretrain.py", (1, 1, 2)),
         ({}, "-G 8 -T 1", "pretraining/pretrain.py", (1, 1, 1)),
