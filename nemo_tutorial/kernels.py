@@ -115,7 +115,6 @@ def attention(self, query, key, value, mask, attn_mask_type, attention_bias=None
         and query.shape[-1] in HEADS
         and self.window_size in (None, (-1, -1), (-1, 0))
         and not (self.attention_dropout and self.training)
-        and not self.deterministic
         and getattr(self, "softmax_type", "vanilla") == "vanilla"
         and not getattr(self, "return_max_logit", False)
         and self.config.context_parallel_size == 1
@@ -130,19 +129,22 @@ def attention(self, query, key, value, mask, attn_mask_type, attention_bias=None
         ends, longest = packed_seq_params.cu_seqlens_q, int(packed_seq_params.max_seqlen_q)
         options |= {"cu_seqlens_q": ends, "cu_seqlens_k": ends, "max_seqlen_q": longest, "max_seqlen_k": longest}
     # Else v, a view, would keep all of q, k and v together in memory.
-    return Attention.apply(query, key, value.contiguous(), options).flatten(-2)
+    return Attention.apply(query, key, value.contiguous(), options, self.deterministic).flatten(-2)
 
 
 class Attention(torch.autograd.Function):
-    """Causal attention by torch.ops.flash_attn_3, of tensors (s, b, h, d) or (t, h, d); returns q's shape."""
+    """Causal attention by torch.ops.flash_attn_3, of tensors (s, b, h, d) or (t, h, d); returns q's shape.
+
+    `deterministic`: the gradients are added up in a fixed order.
+    """
 
     @staticmethod
-    def forward(ctx, q, k, v, options):
+    def forward(ctx, q, k, v, options, deterministic):
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         views = map(_batch_first, (q, k, v))
         _, statistics, *_ = torch.ops.flash_attn_3.fwd(*views, out=_batch_first(out), num_splits=1, **options)
         ctx.save_for_backward(q, k, v, out, statistics)
-        ctx.options = options
+        ctx.options = options | {"deterministic": deterministic}
         return out
 
     @staticmethod
@@ -151,7 +153,7 @@ class Attention(torch.autograd.Function):
         grads = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in (q, k, v)]
         views = map(_batch_first, (grad.contiguous(), q, k, v, out))
         torch.ops.flash_attn_3.bwd(*views, statistics, *map(_batch_first, grads), **ctx.options)
-        return *grads, None
+        return *grads, None, None
 
 
 def _batch_first(tensor):

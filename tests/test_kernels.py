@@ -18,7 +18,8 @@ FORWARD = (
 BACKWARD = (
     "bwd(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor softmax_lse, Tensor(a!)? dq=None,"
     " Tensor(b!)? dk=None, Tensor(c!)? dv=None, *, Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None,"
-    " int? max_seqlen_q=None, int? max_seqlen_k=None, float? softmax_scale=None, bool is_causal=False) -> ()"
+    " int? max_seqlen_q=None, int? max_seqlen_k=None, float? softmax_scale=None, bool is_causal=False,"
+    " bool deterministic=False) -> ()"
 )
 
 
@@ -115,7 +116,6 @@ def test_flash_attention_gives_the_same(operators, packed):
     [
         {"window_size": (4, 0)},
         {"attention_dropout": 0.1},
-        {"deterministic": True},
         {"softmax_type": "learnable"},
         {"return_max_logit": True},
         {"config": SimpleNamespace(context_parallel_size=2, fp8_dot_product_attention=False)},
