@@ -254,10 +254,12 @@ class LossGuard(Callback):
     def on_save_checkpoint(self, trainer, pl_module, checkpoint):
         self._judge(trainer)
 
-    def _judge(self, trainer):
+    def _judge(self, trainer, wait=True):
         if not self.waiting:
             return
         (step, outputs, values, there), self.waiting = self.waiting, None
+        if there and not wait and not there.query():
+            return
         if there:
             there.synchronize()
         values = {name: value.item() for name, value in values.items()}
@@ -291,7 +293,7 @@ class LossGuard(Callback):
         if not isinstance(exception, Exception):  # a SystemExit: it has been said why
             return
         try:
-            self._judge(trainer)  # the step before may be the cause
+            self._judge(trainer, wait=False)  # the step before may be the cause; a GPU that hangs is not awaited
         except SystemExit:
             return
         except RuntimeError:  # the GPU answers no more

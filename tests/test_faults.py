@@ -521,6 +521,20 @@ def test_the_step_before_an_exception_is_the_cause(tmp_path):
     assert json.loads((tmp_path / faults.FAILURE).read_text())["step"] == 4
 
 
+@pytest.mark.nemo
+def test_an_exception_does_not_wait_for_a_gpu_that_hangs(tmp_path):
+    from nemo_tutorial import callbacks
+
+    def never():
+        raise AssertionError("waits")
+
+    trainer = Namespace(datamodule=Namespace(data_sampler=Namespace(global_batch_size=8)), global_rank=0, global_step=3)
+    guard = callbacks.LossGuard(str(tmp_path))
+    guard.waiting = 3, [], {}, Namespace(query=lambda: False, synchronize=never)
+    guard.on_exception(trainer, None, ValueError("something else"))
+    assert json.loads((tmp_path / faults.FAILURE).read_text())["message"] == "ValueError: something else"
+
+
 @pytest.mark.full
 @pytest.mark.nemo
 def test_nan_stops_before_the_checkpoint(stages):

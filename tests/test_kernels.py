@@ -40,7 +40,7 @@ def reference(q, k, v, cuts, scale):
 
 @pytest.fixture
 def operators():
-    """torch.ops.flash_attn_3, which takes and returns what the real one does."""
+    """A torch.ops.flash_attn_3 that takes and returns what the real one does; whether each bwd was `deterministic`."""
     import torch
 
     def fwd(q, k, v, *, out=None, cu_seqlens_q=None, softmax_scale=None, is_causal=False, num_splits=0, **others):
@@ -50,6 +50,7 @@ def operators():
         return tuple(torch.empty(1) for _ in range(4))
 
     def bwd(dout, q, k, v, out, lse, dq=None, dk=None, dv=None, *, cu_seqlens_q=None, softmax_scale=None, **others):
+        told.append(others.get("deterministic", False))
         cuts = cu_seqlens_q.tolist() if cu_seqlens_q is not None else None
         with torch.enable_grad():
             inputs = [tensor.detach().float().requires_grad_() for tensor in (q, k, v)]
@@ -57,11 +58,12 @@ def operators():
             for target, gradient in zip((dq, dk, dv), torch.autograd.grad(again, inputs, dout.float())):
                 target.copy_(gradient)
 
+    told = []
     library = torch.library.Library("flash_attn_3", "DEF")
     for signature, function in ((FORWARD, fwd), (BACKWARD, bwd)):
         library.define(signature)
         library.impl(signature.partition("(")[0], function, "CPU")
-    yield torch.ops.flash_attn_3
+    yield told
     library._destroy()
 
 
@@ -83,8 +85,9 @@ def drawn(*shape):
     return together, q.reshape(*outer, groups * heads, size), k, v
 
 
+@pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("packed", [False, True])
-def test_flash_attention_gives_the_same(operators, packed):
+def test_flash_attention_gives_the_same(operators, packed, deterministic):
     import torch
     from megatron.core.packed_seq_params import PackedSeqParams
     from megatron.core.transformer.enums import AttnMaskType
@@ -99,8 +102,10 @@ def test_flash_attention_gives_the_same(operators, packed):
         ends = torch.tensor(cuts, dtype=torch.int32)
         longest = torch.tensor(18)  # NeMo's is a tensor
         params = PackedSeqParams("thd", ends, ends, max_seqlen_q=longest, max_seqlen_kv=longest)
-    out = kernels.attention(layer(), q, k, v, None, AttnMaskType.causal, packed_seq_params=params)
+    self = layer(deterministic=deterministic)
+    out = kernels.attention(self, q, k, v, None, AttnMaskType.causal, packed_seq_params=params)
     out.float().pow(2).sum().backward()
+    assert operators == [deterministic]
     ours, together.grad = together.grad, None
 
     first = (lambda x: x) if packed else (lambda x: x.transpose(0, 1))
