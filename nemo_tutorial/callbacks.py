@@ -20,7 +20,7 @@ import torch
 from lightning.pytorch import Callback
 from nemo.lightning import megatron_init
 
-from nemo_tutorial import checkpoints, faults, retention
+from nemo_tutorial import checkpoints, faults, progress, retention
 
 
 class ExitInterval(Callback):
@@ -166,13 +166,23 @@ class OneEpoch(Callback):
 
 
 class RandomState(Callback):
-    """Seed every step by its number, so that a run that was interrupted draws the same dropout: NeMo saves no state."""
+    """Seed every step by its number, so that a run that was interrupted draws the same dropout: NeMo saves no state.
+
+    Only where something is drawn: it takes a millisecond or two between two steps, in which the GPU waits.
+    """
+
+    NAMES = ("hidden_dropout", "attention_dropout", "moe_input_jitter_eps")  # in Megatron's config
 
     def __init__(self, seed):
-        self.seed = seed
+        self.seed, self.draws = seed, None
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        megatron_init._set_random_seed(max(1, (self.seed + 1_000_003 * (trainer.global_step + 1)) % 2**31))
+        if self.draws is None:  # not before the first step: until then there is no adapter
+            modules = (module for module in pl_module.modules() if isinstance(module, torch.nn.Dropout))
+            self.draws = any(getattr(pl_module.config, name, None) for name in self.NAMES)
+            self.draws = self.draws or any(module.p for module in modules)
+        if self.draws:
+            megatron_init._set_random_seed(max(1, (self.seed + 1_000_003 * (trainer.global_step + 1)) % 2**31))
 
 
 def write_failure(folder, trainer, kind, message, step=None):
@@ -226,7 +236,7 @@ class LossGuard(Callback):
     def __init__(self, folder, max_spike=None):
         self.folder, self.max_spike = folder, max_spike
         self.before, self.outputs = collections.deque(maxlen=self.STEPS), []
-        self.waiting = None  # a step, its micro batches' outputs, its values, and the event after which they are there
+        self.waiting = None  # a step, its micro batches' outputs, its numbers
 
     def on_megatron_reduce_microbatches_start(self, step=None, microbatch_outputs=(), **kwargs):
         self.outputs = microbatch_outputs
@@ -236,12 +246,7 @@ class LossGuard(Callback):
         logged = trainer.callback_metrics
         found = {name: logged[name] for name in self.VALUES if name in logged}
         if found:
-            together = torch.stack([value.detach().float().reshape(()) for value in found.values()])
-            values, there = together.to("cpu", non_blocking=True), None
-            if together.is_cuda:
-                there = torch.cuda.Event()
-                there.record()
-            self.waiting = trainer.global_step, self.outputs, dict(zip(found, values)), there
+            self.waiting = trainer.global_step, self.outputs, progress.Numbers(found)
 
     # Before anything is saved the last step is judged as well.
 
@@ -257,12 +262,10 @@ class LossGuard(Callback):
     def _judge(self, trainer, wait=True):
         if not self.waiting:
             return
-        (step, outputs, values, there), self.waiting = self.waiting, None
-        if there and not wait and not there.query():
+        (step, outputs, numbers), self.waiting = self.waiting, None
+        if not wait and not numbers.arrived():
             return
-        if there:
-            there.synchronize()
-        values = {name: value.item() for name, value in values.items()}
+        values = numbers.get()
         for name, value in values.items():
             if not math.isfinite(value):
                 own = _bad_micro_batches(outputs)
@@ -331,6 +334,7 @@ class Heartbeat(Callback):
     """
 
     SLOW = 1800
+    ENDING = 30  # seconds to end in after an exception: with NCCL, this rank may wait for those that wait for it
 
     def __init__(self, folder, seconds):
         self.folder, self.seconds = folder, seconds
@@ -371,6 +375,9 @@ class Heartbeat(Callback):
     def on_exception(self, trainer, pl_module, exception):
         self.settled = True
         self.beat("the end")
+        if isinstance(exception, Exception) and self.allowed > self.ENDING:  # and not a SystemExit
+            self.allowed = self.ENDING
+            self.deadline = time.monotonic() + self.ENDING
 
     def teardown(self, trainer, pl_module, stage):
         self.deadline = math.inf

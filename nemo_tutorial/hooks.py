@@ -1,11 +1,13 @@
 """Callbacks that stand for flags: seed, save interval, early stopping, recomputation under an adapter, performance."""
 
 import gc
+import importlib
 import json
 from pathlib import Path
 
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.trainer.connectors.logger_connector.result import _ResultMetric
 
 
 class Seed(Callback):
@@ -76,3 +78,22 @@ class FreezeHeap(Callback):
             gc.collect()
             gc.freeze()
             self.frozen = True
+
+
+class ShortPause(Callback):
+    """Spare what Megatron and Lightning do for nothing while the GPU waits for the next step."""
+
+    def setup(self, trainer, pl_module, stage):
+        if not pl_module.config.num_moe_experts:
+            # It looks at each of thousands of modules for what routers hold. The package has a function of its name.
+            finalize = importlib.import_module("megatron.core.distributed.finalize_model_grads")
+            finalize.reset_model_temporary_tensors = lambda config, model: None
+        _ResultMetric.to = moved
+
+
+STOCK_TO = _ResultMetric.to
+
+
+def moved(metric, device):
+    """Lightning's `_ResultMetric.to`, called at each logged value, where there is something to be moved."""
+    return metric if metric.value.device == device else STOCK_TO(metric, device)

@@ -58,6 +58,12 @@ SETTINGS = [
         callback="hooks.FreezeHeap",
     ),
     Setting(
+        "pause",
+        "what Megatron and Lightning do for nothing between two steps, while the GPU waits, is left out",
+        lambda args: True,
+        callback="hooks.ShortPause",
+    ),
+    Setting(
         "adapter",
         "what LoRA adds, to outputs and to gradients, is added inside its matrix products, not in passes of its own",
         lambda args: args.peft == "lora" and args.tensor_model_parallel_size == 1 and not args.lora_dropout,

@@ -12,7 +12,7 @@ from lightning.pytorch import Callback
 
 from nemo_tutorial import metrics, report, throughput
 
-SECONDS = 2  # metrics.jsonl is never older than this, however long the log's interval is
+SECONDS = 2  # metrics.jsonl is never older than this and a step, however long the log's interval is
 NAMES = {"reduced_train_loss": "loss", "lr": "learning_rate", "grad_norm": "grad_norm"}
 
 
@@ -29,7 +29,7 @@ class Progress(Callback):
     def __init__(self, path, interval, cost, low_precision):
         self.path, self.interval, self.cost = path, interval, cost
         self.low_precision = low_precision  # bf16 or FP8: what the table of peaks is of
-        self.pending = []  # (step, values as tensors, tokens and FLOP of all replicas) not yet written
+        self.pending = []  # (step, its Numbers, tokens and FLOP if the host knows them, when it ended) not yet written
         self.lengths, self.padded = [], False
         self.mark = self.validating_since = self.val_loss = None
         self.recent, self.pauses = deque(maxlen=20), deque(maxlen=3)
@@ -57,16 +57,17 @@ class Progress(Callback):
         return batch
 
     def _counted(self, pl_module):
-        """Tokens and FLOP of the step over all replicas, as two numbers or as a tensor that may still be computed."""
+        """{"tokens", "flops"} of the step over all replicas, as numbers or as tensors that may still be computed."""
         from megatron.core import parallel_state
 
         found = [sum(self.lengths), throughput.flops(self.cost, self.lengths)]
         self.lengths = []
         if not self.padded:  # each replica has as many
-            return [value * parallel_state.get_data_parallel_world_size() for value in found]
-        found = torch.tensor(found, dtype=torch.float64).to(pl_module.device, non_blocking=True)
-        torch.distributed.all_reduce(found, group=parallel_state.get_data_parallel_group())
-        return found
+            found = [value * parallel_state.get_data_parallel_world_size() for value in found]
+        else:
+            found = torch.tensor(found, dtype=torch.float64).to(pl_module.device, non_blocking=True)
+            torch.distributed.all_reduce(found, group=parallel_state.get_data_parallel_group())
+        return dict(zip(("tokens", "flops"), found))
 
     def on_train_start(self, trainer, pl_module):
         # NeMo says it of rank 0 alone; the split of the model shows on the others.
@@ -96,25 +97,34 @@ class Progress(Callback):
         if not trainer.is_global_zero:
             return
         logged = trainer.callback_metrics
-        self.pending.append((step, {new: logged[name] for name, new in NAMES.items() if name in logged}, counted))
-        due = step % self.interval == 0 or trainer.should_stop
-        if due or time.monotonic() - self.mark > SECONDS:
-            self._flush(trainer, due)
+        found = {new: logged[name] for name, new in NAMES.items() if name in logged}
+        known = {}
+        (found if self.padded else known).update(counted)
+        self.pending.append((step, Numbers(found), known, time.monotonic()))
+        if trainer.should_stop:
+            self._flush(trainer, say=True)
+        elif len(self.pending) > 1:
+            # All but this step: its numbers may still be computed, and the GPU shall not wait for who waits for them.
+            before, *_, ended = self.pending[-2]
+            if before % self.interval == 0 or ended - self.mark > SECONDS:
+                self._flush(trainer, but=1)
 
     # What is written.
 
-    def _flush(self, trainer, say):
-        """Write the pending steps. Until here nothing has waited for the GPU."""
-        if not self.pending:
+    def _flush(self, trainer, but=0, say=False):
+        """Write the pending steps but the last `but`; print those that are due, and with `say` the last one anyway."""
+        count = len(self.pending) - but
+        steps, self.pending = self.pending[:count], self.pending[count:]
+        if not steps:
             return
-        values = [{name: float(value) for name, value in logged.items()} for _, logged, _ in self.pending]
-        now = time.monotonic()
-        seconds = (now - self.mark) / len(self.pending)
-        self.mark = now
+        numbers = [own.get() | known for _, own, known, _ in steps]
+        ended = steps[-1][-1]
+        seconds = (ended - self.mark) / count
+        self.mark = ended
         lines = []
-        for (step, _, counted), logged in zip(self.pending, values):
-            tokens, flops = counted if isinstance(counted, list) else counted.tolist()
-            line = {"step": step, **logged, "seconds": round(seconds, 4), "tokens": round(tokens)}
+        for (step, *_), own in zip(steps, numbers):
+            tokens, flops = own.pop("tokens"), own.pop("flops")
+            line = {"step": step, **own, "seconds": round(seconds, 4), "tokens": round(tokens)}
             line["tokens_per_second_per_gpu"] = round(tokens / trainer.world_size / seconds, 1)
             if torch.cuda.is_available():
                 tflops = flops / trainer.world_size / seconds / 1e12
@@ -123,18 +133,19 @@ class Progress(Callback):
                     line["mfu"] = round(tflops / self.peak, 4)
             line["memory_gb"] = round(memory() / 1e9, 3)
             lines.append(line)
-        self.recent.append((len(lines), seconds * len(lines)))
-        self.pending = []
+        self.recent.append((count, seconds * count))
         metrics.append(self.path, lines)
         for logger in trainer.loggers:
             extra = {name: lines[-1][name] for name in EXTRA if name in lines[-1]}
             logger.log_metrics(extra, step=lines[-1]["step"] - 1)  # NeMo counts from 0
-        if say:
-            print(log_line(lines[-1] | {"val_loss": self.val_loss}, trainer.max_steps, self._left(trainer)), flush=True)
+        for line in lines:
+            if line["step"] % self.interval == 0 or (say and line is lines[-1]):
+                left = self._left(trainer, line["step"])
+                print(log_line(line | {"val_loss": self.val_loss}, trainer.max_steps, left), flush=True)
 
-    def _left(self, trainer):
-        """Seconds left: of the steps as the last ones took, and of the validations, saving included."""
-        steps = trainer.max_steps - trainer.global_step
+    def _left(self, trainer, step):
+        """Seconds left after `step`: of the steps as the last ones took, and of the validations, saving included."""
+        steps = trainer.max_steps - step
         taken = sum(seconds for _, seconds in self.recent) / sum(count for count, _ in self.recent)
         pauses = 0
         if self.pauses and trainer.val_check_batch:
@@ -143,7 +154,7 @@ class Progress(Callback):
 
     def on_validation_start(self, trainer, pl_module):
         if trainer.is_global_zero and not trainer.sanity_checking:
-            self._flush(trainer, say=False)
+            self._flush(trainer)
         self.mark, self.validating_since = None, time.monotonic()
 
     def on_validation_end(self, trainer, pl_module):
@@ -171,8 +182,32 @@ class Progress(Callback):
     def teardown(self, trainer, pl_module, stage):
         # Here, not by the launcher alone: on Slurm that is gone when the run ends.
         if stage == "fit" and trainer.is_global_zero:
-            self._flush(trainer, say=False)
+            self._flush(trainer)
             report.write_if_possible(Path(self.path).parents[1])
+
+
+class Numbers:
+    """Numbers that a GPU has still to compute, on their way to the host: nothing waits until they are asked for."""
+
+    def __init__(self, tensors):
+        """`tensors`: name -> tensor of one element, all on one device."""
+        self.names, self.values, self.there = list(tensors), torch.empty(0), None
+        if tensors:
+            together = torch.stack([value.detach().double().reshape(()) for value in tensors.values()])
+            self.values = together.to("cpu", non_blocking=True)
+            if together.is_cuda:
+                self.there = torch.cuda.Event()
+                self.there.record()
+
+    def arrived(self):
+        """Whether get() would not wait."""
+        return not self.there or self.there.query()
+
+    def get(self):
+        """{name: number}."""
+        if self.there:
+            self.there.synchronize()
+        return dict(zip(self.names, self.values.tolist()))
 
 
 EXTRA = ("tokens_per_second_per_gpu", "tflops_per_gpu", "mfu", "memory_gb")

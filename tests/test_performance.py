@@ -72,7 +72,8 @@ def test_they_reach_the_recipe(kind):
     assert recipe.model.config.cross_entropy_loss_fusion is True
     assert recipe.model.config.cross_entropy_fusion_impl == "te"
     callbacks = [fdl.get_callable(callback) for callback in recipe.trainer.callbacks]
-    assert (lora.AddedInProduct in callbacks) == (kind == "finetune_recipe") and hooks.FreezeHeap in callbacks
+    assert (lora.AddedInProduct in callbacks) == (kind == "finetune_recipe")
+    assert hooks.FreezeHeap in callbacks and hooks.ShortPause in callbacks
     assert kernels.FlashAttention3 in callbacks and kernels.SwiGLU in callbacks
     if kind == "pretrain_recipe":
         ddp = recipe.trainer.strategy.ddp
@@ -107,6 +108,31 @@ def test_the_collector_leaves_what_is_there_after_the_first_step():
         assert gc.get_freeze_count() <= frozen and gc.is_tracked(later)
     finally:
         gc.unfreeze()
+
+
+@pytest.mark.nemo
+@pytest.mark.parametrize("experts", [None, 8])
+def test_what_is_done_for_nothing_between_steps_is_left_out(monkeypatch, experts):
+    """Routers are looked for in a mixture of experts only; a logged value that lies where it is asked for stays."""
+    import importlib
+
+    import torch
+    from lightning.pytorch.trainer.connectors.logger_connector import result
+
+    from nemo_tutorial import hooks
+
+    module = importlib.import_module("megatron.core.distributed.finalize_model_grads")
+    stock = module.reset_model_temporary_tensors
+    monkeypatch.setattr(module, "reset_model_temporary_tensors", stock)
+    monkeypatch.setattr(result._ResultMetric, "to", hooks.STOCK_TO)
+    hooks.ShortPause().setup(None, SimpleNamespace(config=SimpleNamespace(num_moe_experts=experts)), "fit")
+    assert (module.reset_model_temporary_tensors is stock) == bool(experts)
+    values = result._ResultCollection(training=True)
+    for value in (2.0, 4.0):
+        values.log("training_step", "loss", torch.tensor(value), on_step=False, on_epoch=True, batch_size=1)
+    metric = values["training_step.loss"]
+    assert metric.compute() == 3.0 and metric.to(torch.device("cpu")) is metric
+    assert metric.to(torch.device("meta")).value.device.type == "meta"
 
 
 @pytest.mark.nemo

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace as Namespace
 
 import pytest
 from conftest import LLAMA31_8B, ROOT, TINY
@@ -90,6 +91,44 @@ def test_the_log_line_and_the_lengths():
     assert progress.sample_lengths({"tokens": tokens, "token_count": [5, 16]}) == [5, 16]
     pack = {"tokens": tokens[:1], "token_count": [12], "cu_seqlens": torch.tensor([[0, 5, 12, 16, -1]])}
     assert progress.sample_lengths(pack) == [5, 7], "what follows the last sample is padding"
+
+
+@pytest.mark.nemo
+def test_a_step_is_written_after_the_next(tmp_path, monkeypatch, capsys):
+    """So that nothing waits for a GPU that still computes it; the last one, and those before a validation, at once."""
+    import torch
+
+    from nemo_tutorial import progress
+
+    now, asked = [100.0], []
+
+    class Late(progress.Numbers):
+        def get(self):
+            asked.append(self.values[0].item())
+            return super().get()
+
+    monkeypatch.setattr(progress, "Numbers", Late)
+    monkeypatch.setattr(progress, "time", Namespace(monotonic=lambda: now[0]))
+    callback = progress.Progress(str(tmp_path / "record/metrics.jsonl"), 4, {"token": 6, "pair": 0, "window": 0}, False)
+    monkeypatch.setattr(callback, "_counted", lambda model: {"tokens": 64, "flops": 384})
+    (tmp_path / "record").mkdir()
+    trainer = Namespace(max_steps=9, world_size=1, is_global_zero=True, loggers=[], should_stop=False)
+    trainer.val_check_batch = trainer.sanity_checking = None
+    said = {}
+    for step in range(1, 10):
+        trainer.global_step, trainer.callback_metrics = step, {"reduced_train_loss": torch.tensor(float(step))}
+        callback.on_train_batch_start(trainer, None, None, step)
+        now[0] += 3.0 if step in (2, 8) else 0.25
+        callback.on_train_batch_end(trainer, None, None, None, step)
+        if step == 6:
+            callback.on_validation_start(trainer, None)
+            now[0] += 50
+        said[step] = (list(asked), capsys.readouterr().out.count("step 4/9"))
+    assert [len(said[step][0]) for step in said] == [0, 0, 2, 2, 4, 6, 6, 6, 9], "after a long step, a due one, ..."
+    assert [step for step in said if said[step][1]] == [5]
+    lines = metrics.read(tmp_path)
+    assert [line["step"] for line in lines] == list(range(1, 10)) and [line["loss"] for line in lines][-1] == 9.0
+    assert [line["seconds"] for line in lines] == [1.625] * 2 + [0.25] * 4 + [round(3.5 / 3, 4)] * 3
 
 
 def test_the_bar(tmp_path, monkeypatch, capsys):
