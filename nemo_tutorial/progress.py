@@ -190,10 +190,12 @@ class Numbers:
     """Numbers that a GPU has still to compute, on their way to the host: nothing waits until they are asked for."""
 
     def __init__(self, tensors):
-        """`tensors`: name -> tensor of one element, all on one device."""
+        """`tensors`: name -> tensor of one element, the first of them on the GPU if any is."""
         self.names, self.values, self.there = list(tensors), torch.empty(0), None
         if tensors:
-            together = torch.stack([value.detach().double().reshape(()) for value in tensors.values()])
+            device = next(iter(tensors.values())).device
+            values = [value.detach().reshape(()).to(device, torch.float64) for value in tensors.values()]
+            together = torch.stack(values)
             self.values = together.to("cpu", non_blocking=True)
             if together.is_cuda:
                 self.there = torch.cuda.Event()
