@@ -374,10 +374,9 @@ class Heartbeat(Callback):
 
     def on_exception(self, trainer, pl_module, exception):
         self.settled = True
+        if isinstance(exception, Exception):  # and not a SystemExit
+            self.seconds = min(self.seconds, self.ENDING)
         self.beat("the end")
-        if isinstance(exception, Exception) and self.allowed > self.ENDING:  # and not a SystemExit
-            self.allowed = self.ENDING
-            self.deadline = time.monotonic() + self.ENDING
 
     def teardown(self, trainer, pl_module, stage):
         self.deadline = math.inf

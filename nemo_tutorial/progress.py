@@ -29,7 +29,7 @@ class Progress(Callback):
     def __init__(self, path, interval, cost, low_precision):
         self.path, self.interval, self.cost = path, interval, cost
         self.low_precision = low_precision  # bf16 or FP8: what the table of peaks is of
-        self.pending = []  # (step, its Numbers, tokens and FLOP if the host knows them, when it ended) not yet written
+        self.pending = []  # (step, its Numbers, when it ended) not yet written
         self.lengths, self.padded = [], False
         self.mark = self.validating_since = self.val_loss = None
         self.recent, self.pauses = deque(maxlen=20), deque(maxlen=3)
@@ -98,14 +98,12 @@ class Progress(Callback):
             return
         logged = trainer.callback_metrics
         found = {new: logged[name] for name, new in NAMES.items() if name in logged}
-        known = {}
-        (found if self.padded else known).update(counted)
-        self.pending.append((step, Numbers(found), known, time.monotonic()))
+        self.pending.append((step, Numbers(found | counted), time.monotonic()))
         if trainer.should_stop:
             self._flush(trainer, say=True)
         elif len(self.pending) > 1:
             # All but this step: its numbers may still be computed, and the GPU shall not wait for who waits for them.
-            before, *_, ended = self.pending[-2]
+            before, _, ended = self.pending[-2]
             if before % self.interval == 0 or ended - self.mark > SECONDS:
                 self._flush(trainer, but=1)
 
@@ -117,7 +115,7 @@ class Progress(Callback):
         steps, self.pending = self.pending[:count], self.pending[count:]
         if not steps:
             return
-        numbers = [own.get() | known for _, own, known, _ in steps]
+        numbers = [own.get() for _, own, _ in steps]
         ended = steps[-1][-1]
         seconds = (ended - self.mark) / count
         self.mark = ended
@@ -189,8 +187,10 @@ class Progress(Callback):
 class Numbers:
     """Numbers that a GPU has still to compute, on their way to the host: nothing waits until they are asked for."""
 
-    def __init__(self, tensors):
-        """`tensors`: name -> tensor of one element, the first of them on the GPU if any is."""
+    def __init__(self, values):
+        """`values`: name -> tensor of one element, the first of them on the GPU if any is; or a plain number."""
+        self.known = {name: value for name, value in values.items() if not torch.is_tensor(value)}
+        tensors = {name: value for name, value in values.items() if name not in self.known}
         self.names, self.values, self.there = list(tensors), torch.empty(0), None
         if tensors:
             device = next(iter(tensors.values())).device
@@ -209,7 +209,7 @@ class Numbers:
         """{name: number}."""
         if self.there:
             self.there.synchronize()
-        return dict(zip(self.names, self.values.tolist()))
+        return dict(zip(self.names, self.values.tolist())) | self.known
 
 
 EXTRA = ("tokens_per_second_per_gpu", "tflops_per_gpu", "mfu", "memory_gb")
