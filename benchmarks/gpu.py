@@ -223,6 +223,7 @@ def layout_rows(models, gpus):
             ours = [f"ours{changes}"]
             if kind != "lora":  # a finetune recipe has no distributed optimizer whose collectives could be overlapped
                 ours += [f"ours{changes}+nooverlap profile"] if dp * cp > 1 else []
+                ours += [f"ours{changes}+tp_overlap profile"] if tp > 1 else []
             ours += [f"ours{changes}+vpp"] if pp > 1 else []
             rows["-".join(["layout", model, kind, *named])] = (shared, (f"stock{changes}", *ours))
     return rows

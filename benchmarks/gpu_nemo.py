@@ -21,6 +21,7 @@ from nemo.collections.llm.gpt.model.base import gpt_data_step
 from nemo.collections.llm.recipes.precision import mixed_precision
 from nemo.lightning import megatron_init
 from nemo.lightning.pytorch.callbacks import GarbageCollectionCallback
+from nemo.lightning.pytorch.callbacks.megatron_comm_overlap import MegatronCommOverlapCallback
 
 from nemo_tutorial import performance, recipes
 
@@ -278,6 +279,13 @@ def virtual_stages(recipe):
     recipe.model.config.overlap_p2p_comm, recipe.model.config.batch_p2p_comm = True, False
 
 
+def tensor_parallel_overlap(recipe):
+    """Transformer Engine's products that send and receive as they go; needs sequence parallelism."""
+    os.environ["UB_SKIPMC"] = "1"  # without NVLink multicast
+    overlap = run.Config(MegatronCommOverlapCallback, tp_comm_overlap=True, tp_comm_bootstrap_backend="nccl")
+    recipe.trainer.callbacks.append(overlap)
+
+
 def log_every(steps):
     def change(recipe):
         recipe.trainer.log_every_n_steps = steps
@@ -311,6 +319,7 @@ CHANGES = {
     "gc": collect(100),
     "log10": log_every(10),
     "vpp": virtual_stages,
+    "tp_overlap": tensor_parallel_overlap,
     "no_callbacks": without_ours,
     "no_progress": without("Progress"),
     "no_guard": without("LossGuard"),
