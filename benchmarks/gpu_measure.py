@@ -93,8 +93,12 @@ class Steps:
             self.profiler.__exit__(None, None, None)
             self.kernels = kernels(self.profiler)
 
-    def result(self, tokens_a_step, flops):
-        """The row: seconds a step, tokens/s, TFLOP/s, MFU, memory, loss of every step, kernel times."""
+    def result(self, tokens, flops):
+        """The row: seconds a step, tokens/s, TFLOP/s, MFU, memory, loss of every step, kernel times.
+
+        `tokens` of a step, and tokens/s are of the median one; or a list of every step's, if they differ: then those of
+        all timed steps in their time.
+        """
         if torch.cuda.is_available():
             torch.cuda.synchronize()
             seconds = [a.elapsed_time(b) / 1e3 for a, b in zip(self.ends, self.ends[1:])]
@@ -102,14 +106,18 @@ class Steps:
             seconds = [b - a for a, b in zip(self.ends, self.ends[1:])]
         seconds = seconds[self.warmup - 1 : self.total - self.profiled - 1]
         median = statistics.median(seconds)
-        rate = tokens_a_step / median
+        if isinstance(tokens, list):
+            tokens = statistics.mean(tokens[self.warmup : self.total - self.profiled])
+            rate = tokens / statistics.mean(seconds)
+        else:
+            rate = tokens / median
         row = {
             "step_s": round(median, 4),
             "step_mean": round(statistics.mean(seconds), 4),
             "step_min": round(min(seconds), 4),
             "step_max": round(max(seconds), 4),
             "steps": len(seconds),
-            "tokens_a_step": tokens_a_step,
+            "tokens_a_step": round(tokens),
             "tok_s": round(rate),
             "tflops": round(rate * flops / 1e12, 1),
             "mfu": round(rate * flops / PEAK, 4),

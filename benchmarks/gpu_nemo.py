@@ -239,13 +239,6 @@ def without(*names):
     return change
 
 
-def fused_wgrad(recipe):
-    recipe.model.config.gradient_accumulation_fusion = True
-    from gpu_trials import enable_wgrad_fusion
-
-    enable_wgrad_fusion()
-
-
 def lora_fuser(recipe):
     from gpu_trials import FuseLoRA
 
@@ -307,10 +300,7 @@ CHANGES = {
     "nooverlap": ddp(overlap_grad_reduce=False, overlap_param_gather=False, average_in_collective=False),
     "ce_te": config(cross_entropy_loss_fusion=True, cross_entropy_fusion_impl="te"),
     "ce_native": config(cross_entropy_loss_fusion=True, cross_entropy_fusion_impl="native"),
-    # Read by the loss alone where nothing is captured: its backward pass then compares no tensor on the host.
-    "ce_no_sync": config(cuda_graph_scope="full_iteration"),
     "grads_bf16": bf16_gradients,
-    "wgrad": fused_wgrad,
     "adam_aware": optimizer(),
     "adam_bf16": optimizer(torch.bfloat16),
     "lean": lean(torch.bfloat16),
@@ -327,7 +317,6 @@ CHANGES = {
     "segments": environment(PYTORCH_CUDA_ALLOC_CONF="expandable_segments:True"),
     "connections": environment(CUDA_DEVICE_MAX_CONNECTIONS="8"),
     "fuser": config(use_transformer_engine_op_fuser=True),
-    "qkv_rope": config(fused_single_qkv_rope=True),
     "lora_fuser": lora_fuser,
     "lora_norm": lora_norm,
     "graphs": cuda_graphs,
@@ -361,6 +350,8 @@ def flags(cell):
     words += " --peft lora" if cell["kind"] == "lora" else ""
     args = script.parse_args(words.split())
     args.sequence_parallel, args.log_interval = tp > 1, 10  # the interval of a run of 1,000 steps and more
+    if not pretrain:
+        args.packing = "packed" in cell["contestant"]
     return args
 
 
@@ -497,7 +488,8 @@ def measure(cell, tokenizer):
     fdl.build(recipe)()
     tokens = cell["gbs"] * cell["seq"] // math.prod(cell["layout"])  # a GPU
     if COUNTED:  # only what is no padding counts
-        every, real = (sum(int(pair[i]) for pair in COUNTED) for i in (0, 1))
-        tokens = real // steps.total
-        found["padding"] = round(1 - real / every, 4)
+        every, real = ([int(pair[i]) for pair in COUNTED] for i in (0, 1))
+        micro_batches = len(real) // steps.total
+        tokens = [sum(real[first : first + micro_batches]) for first in range(0, len(real), micro_batches)]
+        found["padding"] = round(1 - sum(real) / sum(every), 4)
     return found | steps.result(tokens, found["flops"])

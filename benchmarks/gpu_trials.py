@@ -1,25 +1,6 @@
 """Changes that gpu.py tries and that need code in the rank; what proves itself moves into nemo_tutorial."""
 
-import types
-
 from lightning.pytorch.callbacks import Callback
-
-
-def enable_wgrad_fusion():
-    """Let Transformer Engine's layers add their weight gradients to the fp32 sum in the product itself.
-
-    They can without Apex, which Megatron asks for only because of its own layer, the output one: here that adds after
-    its product, as it does without the fusion.
-    """
-    from megatron.core.tensor_parallel import layers
-
-    def accumulate(total_input, grad_output, main_grad):
-        main_grad.add_(grad_output.t().mm(total_input))
-
-    layers._grad_accum_fusion_available = True
-    layers.fused_weight_gradient_mlp_cuda = types.SimpleNamespace(
-        wgrad_gemm_accum_fp32=accumulate, wgrad_gemm_accum_fp16=accumulate
-    )
 
 
 class FuseLoRA(Callback):

@@ -17,11 +17,12 @@ def supported(function, **kwargs):
 
 
 def wait_for_build():
-    """To be called before NeMo is imported where there is a GPU: Megatron 0.15 then compiles an allocator, once.
+    """To be called before NeMo is imported: where CUDA's compiler is, Megatron 0.15 then builds an allocator, once.
 
     A process that is killed meanwhile leaves torch's lock, and whoever imports NeMo after it waits for ever, without a
     word. So wait here for a lock that is young, and remove one that is old.
     """
+    choose_architecture()
     root = os.environ.get("TORCH_EXTENSIONS_DIR")
     pattern = "managed_alloc_runtime/lock"
     if not root:
@@ -37,6 +38,14 @@ def wait_for_build():
                 time.sleep(0.5)
             lock.unlink()
             print(f"removed {lock}: the process that compiled for NeMo was killed", file=sys.stderr, flush=True)
+
+
+def choose_architecture():
+    """Say what that allocator is built for, where torch would ask GPUs of which there is none: IndexError."""
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "9.0")
 
 
 def fp8_plugin(recipe):

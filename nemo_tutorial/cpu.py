@@ -20,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils._device import _device_constructors
 
+from nemo_tutorial import compat
+
 # Megatron's config: its checks refuse these kernels where there is neither CUDA nor Transformer Engine.
 NO_FUSION = {
     "apply_rope_fusion": False,
@@ -414,6 +416,7 @@ if not torch.cuda.is_available():
     # In the NeMo container, on a machine without a GPU, Megatron would take these layers: they run on GPUs only.
     for name in ("transformer_engine", "apex"):
         sys.modules.setdefault(name, None)
+    compat.choose_architecture()
     _patch_torch()
     _patch_megatron()
     _patch_experts()

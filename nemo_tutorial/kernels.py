@@ -7,13 +7,151 @@ import contextlib
 import ctypes
 import importlib.util
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from lightning.pytorch import Callback
 from megatron.core.extensions import transformer_engine as te
+from megatron.core.models.common.language_module import language_module
+from megatron.core.tensor_parallel import layers
+from megatron.core.transformer import attention as megatron_attention
 from megatron.core.transformer import mlp
+from nemo.collections import llm
 
 from nemo_tutorial import terminal
+
+# What Transformer Engine's two kernels of the cross entropy take.
+STATISTICS = "X_ptr X_stride Y_ptr Y_stride m_d_X_y_ptr m_d_X_y_stride rank n_cols BLOCK_SIZE".split()
+GRADIENT = "X_ptr X_stride Y_ptr Y_stride loss_ptr loss_stride m_d_X_y_ptr m_d_X_y_stride rank world_size ignore_idx "
+GRADIENT = (GRADIENT + "n_cols n_non_ignore reduce_loss label_smoothing BLOCK_SIZE").split()
+IGNORED = -100  # a label without loss
+
+
+class CrossEntropy(Callback):
+    """Transformer Engine's cross entropy, its kernels in another order: see CrossEntropyInTwoPasses."""
+
+    def setup(self, trainer, pl_module, stage):
+        with contextlib.suppress(ImportError):  # of an older Transformer Engine
+            from transformer_engine.pytorch.triton import cross_entropy as theirs
+
+            statistics, gradient = theirs.online_softmax_kernel, theirs.cross_entropy_kernel
+            if [statistics.arg_names, gradient.arg_names] == [STATISTICS, GRADIENT]:
+                language_module.te_parallel_cross_entropy = cross_entropy_by(statistics, gradient)
+
+
+def cross_entropy_by(statistics, gradient):
+    """Megatron's te_parallel_cross_entropy: logits (s, b, columns of this rank), labels (s, b) -> (s, b), float32."""
+
+    def cross_entropy(logits, labels, tp_group, is_cg_capturable=False):
+        return CrossEntropyInTwoPasses.apply(logits, labels, tp_group, statistics, gradient)
+
+    return cross_entropy
+
+
+class CrossEntropyInTwoPasses(torch.autograd.Function):
+    """The logits are read once for the loss, and once, in the backward pass, to write their gradient over them.
+
+    Transformer Engine's own writes the gradient as if that of the loss were 1, and reads and writes it all again to
+    multiply by what it is. Here it is known when its kernel is called, which divides by a sum: by sum / gradient.
+    """
+
+    @staticmethod
+    def forward(ctx, logits, labels, group, statistics, gradient):
+        logits, labels = logits.contiguous(), labels.contiguous()
+        size, rank = (1, 0) if group is None else (group.size(), group.rank())
+        rows, columns = labels.numel(), logits.shape[-1]
+        # Of each row: its maximum, the sum of exp(logit - maximum), the label's logit (-inf: it is another rank's).
+        found = torch.empty(rows, 3, dtype=torch.float32, device=logits.device)
+        # Small blocks, so that several programs run at a time on a multiprocessor: this only reads.
+        statistics[(rows,)](
+            logits, columns, labels, 1, found, 1, rank, columns, BLOCK_SIZE=_block(columns, 8192), num_warps=8
+        )
+        if size > 1:
+            every = found.new_empty(size * rows, 3)
+            torch.distributed.all_gather_into_tensor(every, found, group=group)
+            every = every.view(size, rows, 3)
+            highest = every[..., 0].amax(0)
+            total = (every[..., 1] * (every[..., 0] - highest).exp()).sum(0)
+            found = torch.stack((highest, total, every[..., 2].amax(0)), -1)
+        ctx.save_for_backward(logits.detach(), labels, found)
+        ctx.rank, ctx.gradient = rank, gradient
+        highest, total, right = found.unbind(-1)
+        return (highest + total.log() - right).view(labels.shape).masked_fill(labels == IGNORED, 0)
+
+    @staticmethod
+    def backward(ctx, grad):
+        logits, labels, found = ctx.saved_tensors
+        rows, columns = labels.numel(), logits.shape[-1]
+        grad = grad.reshape(-1).float()
+        highest, total, right = found.unbind(-1)
+        divided = torch.stack((highest, total / grad, right), -1)
+        numbers = {"rank": ctx.rank, "world_size": 1, "ignore_idx": IGNORED, "n_cols": columns, "n_non_ignore": rows}
+        ctx.gradient[(rows,)](
+            logits,
+            columns,
+            labels,
+            1,
+            torch.empty_like(total),  # a loss, of no use with these sums
+            1,
+            divided,
+            1,
+            **numbers,
+            reduce_loss=False,
+            label_smoothing=0.0,
+            BLOCK_SIZE=_block(columns, 32768),
+            num_warps=32,
+        )
+        # From the label's it has taken 1, where that should be multiplied as well: this one is written again.
+        place = labels.view(-1) - ctx.rank * columns
+        here = (place >= 0) & (place < columns) & (labels.view(-1) != IGNORED)
+        place, flat = place.clamp(0, columns - 1)[:, None], logits.view(rows, columns)
+        new = (((right - highest).exp() / total - 1) * grad).to(flat.dtype)
+        flat.scatter_(1, place, torch.where(here[:, None], new[:, None], flat.gather(1, place)))
+        return logits, None, None, None, None
+
+
+def _block(columns, most):
+    """The power of two, of `most` at most, that holds `columns`."""
+    return min(most, 1 << (columns - 1).bit_length())
+
+
+def is_llama(config):
+    """Whether a model's layers are those for which the settings below were measured: Llama 1 to 3."""
+    return isinstance(config, llm.LlamaConfig) and not hasattr(config, "nope_layer_interval")  # that is Llama 4
+
+
+class FusedRoPE(Callback):
+    """One kernel of Transformer Engine's that splits queries, keys and values and turns the first two."""
+
+    def setup(self, trainer, pl_module, stage):
+        config = pl_module.config
+        if (
+            is_llama(config)
+            and config.rotary_percent == 1
+            and getattr(megatron_attention, "HAVE_FUSED_QKV_ROPE", False)
+        ):
+            config.fused_single_qkv_rope = True
+
+
+class GradientsInProduct(Callback):
+    """Weight gradients are added to their sum inside the products that make them.
+
+    Transformer Engine's layers can. Megatron asks for Apex all the same, because of its own output layer; where there
+    is no Apex, that one adds after its product, as it does without this.
+    """
+
+    def setup(self, trainer, pl_module, stage):
+        if is_llama(pl_module.config):
+            if not layers._grad_accum_fusion_available:
+                functions = {"wgrad_gemm_accum_fp32": add_gradient, "wgrad_gemm_accum_fp16": add_gradient}
+                layers.fused_weight_gradient_mlp_cuda = SimpleNamespace(**functions)
+                layers._grad_accum_fusion_available = True
+            pl_module.config.gradient_accumulation_fusion = True
+
+
+def add_gradient(x, grad, total):
+    """Apex's function of either name: adds grad^T x to `total`; x (t, k), grad (t, n), total (n, k)."""
+    total.add_(grad.t().mm(x))
 
 
 class SwiGLU(Callback):

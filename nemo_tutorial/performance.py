@@ -29,6 +29,12 @@ SETTINGS = [
         {"model.config.cross_entropy_loss_fusion": True, "model.config.cross_entropy_fusion_impl": "te"},
     ),
     Setting(
+        "logits",
+        "their gradient is written once, when the gradient of the loss is known, and not again to multiply by that",
+        lambda args: True,
+        callback="kernels.CrossEntropy",
+    ),
+    Setting(
         "attention",
         "FlashAttention 3 on a Hopper GPU, if it is installed: cuDNN's takes a sixth longer at heads of 64",
         lambda args: args.context_parallel_size == 1,
@@ -39,6 +45,18 @@ SETTINGS = [
         "SwiGLU of Transformer Engine: its gradient takes 0.6 of the time of what torch.compile makes of Megatron's",
         lambda args: True,
         callback="kernels.SwiGLU",
+    ),
+    Setting(
+        "positions",
+        "q, k and v are split and turned by their positions in one kernel, of Llama, in samples that are no packs",
+        lambda args: args.context_parallel_size == 1 and getattr(args, "packing", False) is False,
+        callback="kernels.FusedRoPE",
+    ),
+    Setting(
+        "gradients",
+        "weight gradients, of Llama, are added up inside their products: NeMo's own where there is Apex",
+        lambda args: not args.peft,
+        callback="kernels.GradientsInProduct",
     ),
     Setting(
         "one replica",

@@ -130,6 +130,18 @@ def test_the_lock_of_a_killed_build_goes(tmp_path, monkeypatch, capsys, own_fold
     assert [path.name for path in build.iterdir()] == ["build.ninja"] and "removed" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("gpu, before, after", [(True, None, None), (False, None, "9.0"), (False, "8.0", "8.0")])
+def test_the_build_asks_no_gpu_where_there_is_none(monkeypatch, gpu, before, after):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    if before:
+        monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", before)
+    compat.wait_for_build()
+    assert os.environ.get("TORCH_CUDA_ARCH_LIST") == after
+
+
 def plan(folder, *more, check=True):
     return script(folder, "pretraining/pretrain.py", "-E", "run", *more, "--dry_run", check=check)
 

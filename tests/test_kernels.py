@@ -244,3 +244,149 @@ def test_swiglu(monkeypatch):
     x = torch.ones(2)
     assert swiglu(x, None, False, False) == ("op", x)
     assert swiglu(x, x)[0] == swiglu(x, None, True)[0] == swiglu(x, None, False, True)[0] == "stock"
+
+
+def kernels_of_the_loss(calls):
+    """Transformer Engine's two Triton kernels of the cross entropy, as functions of PyTorch's: a row a program."""
+    import torch
+
+    from nemo_tutorial import kernels
+
+    def launched(function, arguments):
+        class Kernel:
+            arg_names = arguments
+
+            def __getitem__(self, grid):
+                return lambda *args, num_warps, **named: (
+                    calls.append(function.__name__) or function(grid[0], **dict(zip(arguments, args)), **named)
+                )
+
+        return Kernel()
+
+    def statistics(rows, X_ptr, X_stride, Y_ptr, Y_stride, m_d_X_y_ptr, m_d_X_y_stride, rank, n_cols, BLOCK_SIZE):
+        assert (X_stride, Y_stride, m_d_X_y_stride) == (n_cols, 1, 1) and X_ptr.is_contiguous()
+        x, y = X_ptr.view(rows, n_cols).float(), Y_ptr.view(-1) - rank * n_cols
+        highest = x.amax(1)
+        right = x.gather(1, y.clamp(0, n_cols - 1)[:, None])[:, 0].where((y >= 0) & (y < n_cols), -torch.inf)
+        m_d_X_y_ptr.copy_(torch.stack((highest, (x - highest[:, None]).exp().sum(1), right), 1))
+
+    def gradient(rows, X_ptr, X_stride, Y_ptr, Y_stride, loss_ptr, loss_stride, m_d_X_y_ptr, m_d_X_y_stride, **named):
+        assert named["world_size"] == 1 and not named["reduce_loss"] and named["label_smoothing"] == 0
+        columns, rank = named["n_cols"], named["rank"]
+        x, y = X_ptr.view(rows, columns), Y_ptr.view(-1)
+        highest, total, _ = m_d_X_y_ptr.unbind(-1)
+        x.copy_((x.float() - highest[:, None]).exp() / total[:, None])
+        x[y == named["ignore_idx"]] = 0
+        for row in ((y >= rank * columns) & (y < (rank + 1) * columns)).nonzero()[:, 0].tolist():
+            x[row, y[row] - rank * columns] -= 1
+        loss_ptr.fill_(torch.nan)
+
+    return launched(statistics, kernels.STATISTICS), launched(gradient, kernels.GRADIENT)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_cross_entropy_in_two_passes(monkeypatch, ranks, dtype):
+    """Loss and gradient of PyTorch's; rows without label, without gradient; the vocabulary on one rank or two."""
+    import torch
+    import torch.nn.functional as F
+
+    from nemo_tutorial import kernels
+
+    torch.manual_seed(1)
+    logits = (3 * torch.randn(5, 3, 64)).to(getattr(torch, dtype))
+    labels, grad = torch.randint(0, 64, (5, 3)), torch.rand(5, 3) * 1e-4
+    labels[1, 2], grad[3, 0] = kernels.IGNORED, 0
+    whole = logits.clone().requires_grad_()
+    expected = F.cross_entropy(whole.float().flatten(0, 1), labels.flatten(), reduction="none").view(5, 3)
+    expected.backward(grad)
+    parts = [part.clone().requires_grad_() for part in logits.chunk(ranks, -1)]
+
+    def gather(output, own, group):
+        every = []
+        for rank, part in enumerate(parts):
+            every.append(torch.empty_like(own))
+            statistics[(15,)](
+                part.detach(), 64 // ranks, labels, 1, every[-1], 1, rank, 64 // ranks, BLOCK_SIZE=64, num_warps=8
+            )
+        output.copy_(torch.cat(every))
+
+    monkeypatch.setattr(torch.distributed, "all_gather_into_tensor", gather)
+    calls = []
+    statistics, gradient = kernels_of_the_loss(calls)
+    cross_entropy = kernels.cross_entropy_by(statistics, gradient)
+    for rank, part in enumerate(parts):
+        group = SimpleNamespace(size=lambda: ranks, rank=lambda rank=rank: rank)
+        given = part * 1  # as the output layer's: what is written over it is not seen by who has it
+        loss = cross_entropy(given, labels, group if ranks > 1 else None)
+        assert loss.dtype == torch.float32 and loss[1, 2] == 0
+        torch.testing.assert_close(loss, expected.detach())
+        kept = given.detach().clone()
+        assert given.equal(kept) and calls.pop() == "statistics"
+        loss.backward(grad)
+        assert calls.pop() == "gradient"
+        part_of = whole.grad.chunk(ranks, -1)[rank]
+        torch.testing.assert_close(part.grad, part_of, rtol=1e-5 if dtype == "float32" else 0.01, atol=1e-10)
+        assert not part.grad[1, 2].any() and not part.grad[3, 0].any()
+        calls.clear()
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_only_kernels_with_known_arguments_are_called(monkeypatch, known):
+    import sys
+
+    from nemo_tutorial import kernels
+
+    statistics, gradient = kernels_of_the_loss([])
+    if not known:
+        gradient.arg_names = gradient.arg_names[:-1]
+    module = SimpleNamespace(online_softmax_kernel=statistics, cross_entropy_kernel=gradient)
+    package = SimpleNamespace(cross_entropy=module)
+    monkeypatch.setitem(sys.modules, "transformer_engine.pytorch.triton", package)
+    monkeypatch.setattr(kernels.language_module, "te_parallel_cross_entropy", "Transformer Engine's")
+    kernels.CrossEntropy().setup(None, None, "fit")
+    assert (kernels.language_module.te_parallel_cross_entropy == "Transformer Engine's") != known
+
+
+def config_of(name, **changes):
+    """One of NeMo's configs, not checked."""
+    from nemo.collections import llm
+
+    cls = getattr(llm, name)
+    config = cls.__new__(cls)
+    for key, value in changes.items():
+        setattr(config, key, value)
+    return config
+
+
+@pytest.mark.parametrize(
+    "name, changes, fused, summed",
+    [
+        ("Llama32Config1B", {}, True, True),
+        ("Llama2Config7B", {}, True, True),
+        ("Llama32Config1B", {"rotary_percent": 0.5}, False, True),
+        ("Llama4Experts16Config", {}, False, False),  # has layers without positions
+        ("Qwen3Config8B", {}, False, False),  # norms its queries
+        ("Gemma2Config2B", {}, False, False),  # says itself that gradients are not summed up in products
+    ],
+)
+def test_what_was_measured_on_llama_is_for_llama(monkeypatch, name, changes, fused, summed):
+    from nemo_tutorial import kernels
+
+    monkeypatch.setattr(kernels.megatron_attention, "HAVE_FUSED_QKV_ROPE", True)
+    for attribute in ("_grad_accum_fusion_available", "fused_weight_gradient_mlp_cuda"):
+        monkeypatch.setattr(kernels.layers, attribute, None, raising=False)
+    config = config_of(name, fused_single_qkv_rope=False, gradient_accumulation_fusion=False, **changes)
+    for callback in (kernels.FusedRoPE(), kernels.GradientsInProduct()):
+        callback.setup(None, SimpleNamespace(config=config), "fit")
+    assert (config.fused_single_qkv_rope, config.gradient_accumulation_fusion) == (fused, summed)
+
+
+def test_apex_keeps_its_own_sum(monkeypatch):
+    from nemo_tutorial import kernels
+
+    monkeypatch.setattr(kernels.layers, "_grad_accum_fusion_available", True)
+    monkeypatch.setattr(kernels.layers, "fused_weight_gradient_mlp_cuda", "Apex's", raising=False)
+    config = config_of("Llama32Config1B", gradient_accumulation_fusion=True)
+    kernels.GradientsInProduct().setup(None, SimpleNamespace(config=config), "fit")
+    assert kernels.layers.fused_weight_gradient_mlp_cuda == "Apex's"

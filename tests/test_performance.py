@@ -1,6 +1,7 @@
 """Which settings of speed a run gets, and that they reach NeMo's recipe."""
 
 import json
+import os
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -44,6 +45,13 @@ def test_attention_that_is_split_is_transformer_engines():
     assert "attention" not in names(num_gpus=2, context_parallel_size=2)
 
 
+def test_positions_are_turned_with_the_split_where_no_samples_are_packed():
+    assert {"positions", "gradients", "logits"} <= names()
+    assert "positions" in names(packing=False) and "gradients" not in names(packing=False, peft="lora")
+    for flags in ({"packing": True}, {"packing": None}, {"num_gpus": 2, "context_parallel_size": 2}):
+        assert "positions" not in names(**flags), flags
+
+
 def test_adapters_without_dropout_are_added_in_the_product():
     assert "adapter" in names(peft="lora", num_gpus=4)
     for flags in ({}, {"lora_dropout": 0.1}, {"tensor_model_parallel_size": 4, "num_gpus": 4}, {"peft": "dora"}):
@@ -74,7 +82,8 @@ def test_they_reach_the_recipe(kind):
     callbacks = [fdl.get_callable(callback) for callback in recipe.trainer.callbacks]
     assert (lora.AddedInProduct in callbacks) == (kind == "finetune_recipe")
     assert hooks.FreezeHeap in callbacks and hooks.ShortPause in callbacks
-    assert kernels.FlashAttention3 in callbacks and kernels.SwiGLU in callbacks
+    assert {kernels.FlashAttention3, kernels.SwiGLU, kernels.CrossEntropy, kernels.FusedRoPE} <= set(callbacks)
+    assert (kernels.GradientsInProduct in callbacks) == (kind == "pretrain_recipe")
     if kind == "pretrain_recipe":
         ddp = recipe.trainer.strategy.ddp
         assert stock is True and ddp.check_for_nan_in_grad is True
@@ -133,6 +142,46 @@ def test_what_is_done_for_nothing_between_steps_is_left_out(monkeypatch, experts
     metric = values["training_step.loss"]
     assert metric.compute() == 3.0 and metric.to(torch.device("cpu")) is metric
     assert metric.to(torch.device("meta")).value.device.type == "meta"
+
+
+SUMMED = """
+import os, sys, tempfile
+sys.path.insert(0, os.path.join(sys.argv[1], "benchmarks"))
+import nemo_tutorial.cpu
+import gpu, gpu_nemo
+import nemo_run as run
+from nemo_tutorial import kernels
+
+calls, add = [], kernels.add_gradient
+kernels.add_gradient = lambda *args: calls.append(add(*args))
+if sys.argv[2] == "inside":
+    gpu_nemo.CHANGES["inside"] = lambda recipe: recipe.trainer.callbacks.append(run.Config(kernels.GradientsInProduct))
+shared, contestants = gpu.ROWS["tiny"]
+cell = {"warmup": 2, "lr": 1e-3, "layout": (1, 1, 1, 1), "data_seed": 1, "seed": 1, "profile": False, **shared}
+cell |= {"accelerator": "cpu", "contestant": "ours+inside" if sys.argv[2] == "inside" else "ours"}
+os.chdir(tempfile.mkdtemp())
+row = gpu_nemo.measure(cell, gpu.tokenizer("."))
+print("found", len(calls), *row["loss"])
+"""
+
+
+@pytest.mark.nemo
+def test_gradients_summed_up_inside_products():
+    """Megatron's own layers on a CPU, told before they are built: each product adds to the sum, and the losses stay."""
+    found = {}
+    for where in ("outside", "inside"):
+        path = os.pathsep.join([str(ROOT / "nemo_tutorial/no_gpu"), str(ROOT)])
+        env = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path}
+        command = [sys.executable, "-c", SUMMED, str(ROOT), where]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
+        assert done.returncode == 0, done.stderr[-3000:]
+        line = next(line for line in done.stdout.splitlines() if line.startswith("found"))
+        calls, *losses = map(float, line.split()[1:])
+        found[where] = calls, losses
+    linears, micro_batches = 2 * 4 + 1, 6 * 4  # of two layers and the output; of six steps
+    assert found["outside"][0] == 0 and found["inside"][0] == linears * micro_batches
+    assert found["inside"][1] == pytest.approx(found["outside"][1], rel=1e-4)
+    assert found["inside"][1][-1] < found["inside"][1][0]
 
 
 @pytest.mark.nemo
