@@ -83,8 +83,8 @@ def cells():
                 model, args = shape(cell["model"]), flags(cell, name)
                 estimate = memory.estimate(model, args)
                 if "-gradients" in name:  # measured without that setting, which no flag leaves out
-                    less = estimate.gradients - memory.placeholders(model, args)
-                    estimate = dataclasses.replace(estimate, gradients=less)
+                    less = estimate.activations - memory.placeholders(model, args)
+                    estimate = dataclasses.replace(estimate, activations=less)
                 yield row, name, cell, estimate
 
 

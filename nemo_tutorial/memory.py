@@ -175,9 +175,9 @@ def _stage(model, args, stage):
         parameters=round(dense + experts + others + (trained if args.peft else 0)),
         trained=round(trained),
         weights=weights,
-        gradients=gradient * trained + placeholders(model, args),
+        gradients=gradient * trained,
         optimizer=state * stepped,
-        activations=activations,
+        activations=activations + placeholders(model, args),
         step=step_bytes(args) * stepped,
         reserve=reserve + (RESERVE["communication"] if world > 1 else 0),
     )
@@ -269,9 +269,10 @@ def _activations(model, args, stage, replicas):
 
 def placeholders(model, args):
     """Bytes of what Transformer Engine returns in place of gradients that it has added to their sum: one a shape."""
-    if args.performance == "off" or args.precision == "fp32" or args.peft or args.accelerator == "cpu":
+    # As performance.SETTINGS has it, and kernels.is_llama.
+    if args.performance == "off" or args.precision == "fp32" or args.peft or args.main_grads_dtype == "bf16":
         return 0
-    if model.family.architecture != "LlamaForCausalLM":  # see kernels.is_llama
+    if args.accelerator == "cpu" or model.family.architecture != "LlamaForCausalLM":
         return 0
     shapes = {*_linears(model).values(), (model.hidden_size, model.vocab_size)}
     return 2 * sum(a * b for a, b in shapes) / args.tensor_model_parallel_size

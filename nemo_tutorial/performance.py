@@ -55,7 +55,8 @@ SETTINGS = [
     Setting(
         "gradients",
         "weight gradients, of Llama, are added up inside their products: NeMo's own where there is Apex",
-        lambda args: not args.peft,
+        # In bf16 they are to save memory, of which this takes a gradient of each shape.
+        lambda args: not args.peft and args.main_grads_dtype != "bf16",
         callback="kernels.GradientsInProduct",
     ),
     Setting(

@@ -52,6 +52,11 @@ def test_positions_are_turned_with_the_split_where_no_samples_are_packed():
         assert "positions" not in names(**flags), flags
 
 
+def test_gradients_in_bf16_are_not_summed_in_products():
+    """They are chosen where memory is short, and Transformer Engine keeps a placeholder of each shape."""
+    assert "gradients" not in names(main_grads_dtype="bf16")
+
+
 def test_adapters_without_dropout_are_added_in_the_product():
     assert "adapter" in names(peft="lora", num_gpus=4)
     for flags in ({}, {"lora_dropout": 0.1}, {"tensor_model_parallel_size": 4, "num_gpus": 4}, {"peft": "dora"}):

@@ -199,7 +199,7 @@ def test_a_checkpoint_on_disk(shape, flags):
     [
         ("-G 1 -s 4096 -m 4 -g 8 --gpu_memory 40", "--micro_batch_size 2"),
         ("-G 1 -s 8192 -g 8 --gpu_memory 29", "--recompute selective"),
-        ("-G 1 -s 8192 -g 8 --gpu_memory 25", "--recompute full"),
+        ("-G 1 -s 8192 -g 8 --gpu_memory 26", "--recompute full"),
     ],
 )
 def test_the_cheapest_change_first(shape, flags, words, change):
