@@ -83,7 +83,8 @@ def cells():
                 model, args = shape(cell["model"]), flags(cell, name)
                 estimate = memory.estimate(model, args)
                 if "-gradients" in name:  # measured without that setting, which no flag leaves out
-                    less = estimate.activations - memory.placeholders(model, args)
+                    last = estimate.stage == args.pipeline_model_parallel_size - 1
+                    less = estimate.activations - memory.placeholders(model, args, last)
                     estimate = dataclasses.replace(estimate, activations=less)
                 yield row, name, cell, estimate
 

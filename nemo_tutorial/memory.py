@@ -177,7 +177,7 @@ def _stage(model, args, stage):
         weights=weights,
         gradients=gradient * trained,
         optimizer=state * stepped,
-        activations=activations + placeholders(model, args),
+        activations=activations + placeholders(model, args, last),
         step=step_bytes(args) * stepped,
         reserve=reserve + (RESERVE["communication"] if world > 1 else 0),
     )
@@ -267,14 +267,17 @@ def _activations(model, args, stage, replicas):
     return max(peaks)
 
 
-def placeholders(model, args):
-    """Bytes of what Transformer Engine returns in place of gradients that it has added to their sum: one a shape."""
+def placeholders(model, args, last):
+    """Bytes of what Transformer Engine returns in place of gradients that it has added to their sum: one a shape.
+
+    `last`: of the pipeline stage with the output layer.
+    """
     # As performance.SETTINGS has it, and kernels.is_llama.
     if args.performance == "off" or args.precision == "fp32" or args.peft or args.main_grads_dtype == "bf16":
         return 0
     if args.accelerator == "cpu" or model.family.architecture != "LlamaForCausalLM":
         return 0
-    shapes = {*_linears(model).values(), (model.hidden_size, model.vocab_size)}
+    shapes = {*_linears(model).values(), *([(model.hidden_size, model.vocab_size)] if last else [])}
     return 2 * sum(a * b for a, b in shapes) / args.tensor_model_parallel_size
 
 

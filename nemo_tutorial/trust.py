@@ -99,7 +99,7 @@ nemo.lightning.pytorch.plugins.* ^
 nemo.utils.exp_manager TimingCallback DeltaTimingCallback
 nemo_tutorial.callbacks ^
 nemo_tutorial.hooks ^
-nemo_tutorial.kernels FlashAttention3 SwiGLU
+nemo_tutorial.kernels CrossEntropy FlashAttention3 FusedRoPE GradientsInProduct SwiGLU
 nemo_tutorial.loggers MLflow WeightsAndBiases
 nemo_tutorial.lora AddedInProduct
 nemo_tutorial.network_check NetworkCheck

@@ -111,6 +111,32 @@ def test_fast_settings_change_no_loss(stages, pretrained):
     assert max(abs(a - b) for a, b in zip(fast, stock)) < 0.01, (fast, stock)
 
 
+@pytest.mark.parametrize("columns", [2048, 128256])
+def test_cross_entropy_by_transformer_engines_kernels(columns, monkeypatch):
+    """Loss and gradient in bf16 are PyTorch's, with rows without label and without gradient."""
+    import torch
+    import torch.nn.functional as F
+
+    from nemo_tutorial import kernels
+
+    stock = kernels.language_module.te_parallel_cross_entropy
+    monkeypatch.setattr(kernels.language_module, "te_parallel_cross_entropy", stock)
+    kernels.CrossEntropy().setup(None, None, "fit")
+    assert kernels.language_module.te_parallel_cross_entropy is not stock
+    torch.manual_seed(1)
+    logits = (3 * torch.randn(64, 2, columns, device="cuda")).bfloat16()
+    labels, grad = torch.randint(0, columns, (64, 2), device="cuda"), torch.rand(64, 2, device="cuda") * 1e-4
+    labels[1, 1], grad[2, 0] = kernels.IGNORED, 0
+    whole, ours = (logits.clone().requires_grad_() for _ in range(2))
+    expected = F.cross_entropy(whole.float().flatten(0, 1), labels.flatten(), reduction="none").view(64, 2)
+    expected.backward(grad)
+    loss = kernels.language_module.te_parallel_cross_entropy(ours * 1, labels, None)
+    loss.backward(grad)
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ours.grad, whole.grad, rtol=0.01, atol=1e-9)
+    assert not ours.grad[1, 1].any() and not ours.grad[2, 0].any()
+
+
 def test_fp8(stages):
     """FP8 in both recipes that an H100 has: the losses of bf16, nearly."""
     for recipe in ("delayed_scaling", "current_scaling"):

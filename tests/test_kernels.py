@@ -331,21 +331,29 @@ def test_cross_entropy_in_two_passes(monkeypatch, ranks, dtype):
         calls.clear()
 
 
-@pytest.mark.parametrize("known", [True, False])
-def test_only_kernels_with_known_arguments_are_called(monkeypatch, known):
+@pytest.mark.parametrize("changed", [None, "kernel", "Megatron"])
+def test_only_what_has_the_known_arguments_is_replaced(monkeypatch, changed):
     import sys
 
     from nemo_tutorial import kernels
 
     statistics, gradient = kernels_of_the_loss([])
-    if not known:
+    if changed == "kernel":
         gradient.arg_names = gradient.arg_names[:-1]
     module = SimpleNamespace(online_softmax_kernel=statistics, cross_entropy_kernel=gradient)
     package = SimpleNamespace(cross_entropy=module)
     monkeypatch.setitem(sys.modules, "transformer_engine.pytorch.triton", package)
-    monkeypatch.setattr(kernels.language_module, "te_parallel_cross_entropy", "Transformer Engine's")
+
+    def theirs(logits, labels, tp_group, is_cg_capturable=False):
+        """Megatron 0.15's."""
+
+    def older(logits, labels):
+        """Megatron 0.12's."""
+
+    stock = older if changed == "Megatron" else theirs
+    monkeypatch.setattr(kernels.language_module, "te_parallel_cross_entropy", stock)
     kernels.CrossEntropy().setup(None, None, "fit")
-    assert (kernels.language_module.te_parallel_cross_entropy == "Transformer Engine's") != known
+    assert (kernels.language_module.te_parallel_cross_entropy is stock) == bool(changed)
 
 
 def config_of(name, **changes):

@@ -147,6 +147,18 @@ def test_the_bytes_of_what_is_trained(shape, flags):
     assert lean.allocated == 18 * count > lean.weights + lean.gradients + lean.optimizer + lean.activations
 
 
+def test_placeholders_of_summed_gradients(shape, flags):
+    """A bf16 gradient of each shape: qkv, proj, fc1, fc2, and of the output layer where that is; shared by TP."""
+    model, layer = shape(), 4096 * (6144 + 4096 + 28672 + 14336)
+    assert memory.placeholders(model, flags("-G 1"), True) == 2 * (layer + 4096 * 128256)
+    assert memory.placeholders(model, flags("-G 4 -T 2 -P 2"), False) == layer
+    for words in ("--performance off", "--precision fp32", "--use_precision_aware_optimizer --main_grads_dtype bf16"):
+        assert memory.placeholders(model, flags(f"-G 1 {words}"), True) == 0, words
+    assert memory.placeholders(model, flags("-G 1 --peft lora", "finetuning/finetune.py"), True) == 0
+    qwen = shape(architectures=["Qwen2ForCausalLM"], model_type="qwen2")
+    assert memory.placeholders(qwen, flags("-G 1"), True) == 0
+
+
 def test_what_makes_activations_smaller(shape, flags):
     """In this order: nothing, the MLP, half of the layers, all of them recomputed; and by the layout."""
     model = shape()
