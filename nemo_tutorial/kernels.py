@@ -32,7 +32,7 @@ class CrossEntropy(Callback):
     """Transformer Engine's cross entropy, its kernels in another order: see CrossEntropyInTwoPasses."""
 
     def setup(self, trainer, pl_module, stage):
-        with contextlib.suppress(ImportError):  # of an older Transformer Engine
+        with contextlib.suppress(ImportError, AttributeError):  # of an older Transformer Engine or Megatron
             from transformer_engine.pytorch.triton import cross_entropy as theirs
 
             statistics, gradient = theirs.online_softmax_kernel, theirs.cross_entropy_kernel

@@ -8,7 +8,7 @@ outside of that is in RESERVE. benchmarks/README.md holds the numbers against me
 
 from dataclasses import dataclass
 
-from nemo_tutorial import models
+from nemo_tutorial import models, performance
 
 GIB = 2**30
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1}
@@ -272,10 +272,8 @@ def placeholders(model, args, last):
 
     `last`: of the pipeline stage with the output layer.
     """
-    # As performance.SETTINGS has it, and kernels.is_llama.
-    if args.performance == "off" or args.precision == "fp32" or args.peft or args.main_grads_dtype == "bf16":
-        return 0
-    if args.accelerator == "cpu" or model.family.architecture != "LlamaForCausalLM":
+    summed = any(setting.name == "gradients" for setting in performance.settings(args))
+    if not summed or model.family.architecture != "LlamaForCausalLM":  # see kernels.is_llama
         return 0
     shapes = {*_linears(model).values(), *([(model.hidden_size, model.vocab_size)] if last else [])}
     return 2 * sum(a * b for a, b in shapes) / args.tensor_model_parallel_size

@@ -159,11 +159,10 @@ from nemo_tutorial import kernels
 
 calls, add = [], kernels.add_gradient
 kernels.add_gradient = lambda *args: calls.append(add(*args))
-if sys.argv[2] == "inside":
-    gpu_nemo.CHANGES["inside"] = lambda recipe: recipe.trainer.callbacks.append(run.Config(kernels.GradientsInProduct))
-shared, contestants = gpu.ROWS["tiny"]
+gpu_nemo.CHANGES["inside"] = lambda recipe: recipe.trainer.callbacks.append(run.Config(kernels.GradientsInProduct))
+shared, _ = gpu.ROWS["tiny"]
 cell = {"warmup": 2, "lr": 1e-3, "layout": (1, 1, 1, 1), "data_seed": 1, "seed": 1, "profile": False, **shared}
-cell |= {"accelerator": "cpu", "contestant": "ours+inside" if sys.argv[2] == "inside" else "ours"}
+cell |= {"accelerator": "cpu", "contestant": sys.argv[2]}
 os.chdir(tempfile.mkdtemp())
 row = gpu_nemo.measure(cell, gpu.tokenizer("."))
 print("found", len(calls), *row["loss"])
@@ -174,19 +173,20 @@ print("found", len(calls), *row["loss"])
 def test_gradients_summed_up_inside_products():
     """Megatron's own layers on a CPU, told before they are built: each product adds to the sum, and the losses stay."""
     found = {}
-    for where in ("outside", "inside"):
+    for contestant in ("ours", "ours+inside"):
         path = os.pathsep.join([str(ROOT / "nemo_tutorial/no_gpu"), str(ROOT)])
         env = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path}
-        command = [sys.executable, "-c", SUMMED, str(ROOT), where]
+        command = [sys.executable, "-c", SUMMED, str(ROOT), contestant]
         done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
         assert done.returncode == 0, done.stderr[-3000:]
         line = next(line for line in done.stdout.splitlines() if line.startswith("found"))
         calls, *losses = map(float, line.split()[1:])
-        found[where] = calls, losses
+        found[contestant] = calls, losses
     linears, micro_batches = 2 * 4 + 1, 6 * 4  # of two layers and the output; of six steps
-    assert found["outside"][0] == 0 and found["inside"][0] == linears * micro_batches
-    assert found["inside"][1] == pytest.approx(found["outside"][1], rel=1e-4)
-    assert found["inside"][1][-1] < found["inside"][1][0]
+    (before, outside), (calls, inside) = found["ours"], found["ours+inside"]
+    assert before == 0 and calls == linears * micro_batches
+    assert inside == pytest.approx(outside, rel=1e-4)
+    assert inside[-1] < inside[0]
 
 
 @pytest.mark.nemo
