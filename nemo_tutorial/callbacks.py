@@ -20,7 +20,7 @@ import torch
 from lightning.pytorch import Callback
 from nemo.lightning import megatron_init
 
-from nemo_tutorial import checkpoints, faults, progress, retention
+from nemo_tutorial import ahead, checkpoints, faults, progress, retention
 
 
 class ExitInterval(Callback):
@@ -230,7 +230,7 @@ class LossGuard(Callback):
     """
 
     STEPS = 20
-    VALUES = {"reduced_train_loss": "loss", "grad_norm": "gradient norm"}
+    VALUES = {"reduced_train_loss": "loss", "grad_norm": "gradient norm", "own_gradients": "gradient norm"}
     LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL")  # another rank is gone
 
     def __init__(self, folder, max_spike=None):
@@ -243,7 +243,7 @@ class LossGuard(Callback):
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         self._judge(trainer)  # the step before; awaiting this one's values, the GPU would stand idle
-        logged = trainer.callback_metrics
+        logged = trainer.callback_metrics | ahead.own_gradients()
         found = {name: logged[name] for name in self.VALUES if name in logged}
         if found:
             self.waiting = trainer.global_step, self.outputs, progress.Numbers(found)
@@ -268,9 +268,12 @@ class LossGuard(Callback):
         values = numbers.get()
         for name, value in values.items():
             if not math.isfinite(value):
-                own = _bad_micro_batches(outputs)
-                time.sleep(0 if own else 3)  # the rank that it came from shall be the one that is named
-                where = f", in micro batch {', '.join(map(str, own))} of this rank" if own else ""
+                own, where = _bad_micro_batches(outputs), ""
+                if own:
+                    where = f", in micro batch {', '.join(map(str, own))} of this rank"
+                elif not math.isfinite(values.get("own_gradients", 0)):
+                    where = ", in this rank's own gradients"
+                time.sleep(0 if where else 3)  # the rank that it came from shall be the one that is named
                 self._stop(trainer, "NaN", f"the {self.VALUES[name]} is {value}{where}", step)
         loss = values.get("reduced_train_loss", 0.0)
         if self.max_spike and len(self.before) >= 5:

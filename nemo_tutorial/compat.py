@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 BUILDING = 180  # seconds after which a build that goes on is none any more; here one took half a minute
+LOOKING = 15  # and after which a look at what is built already is none: it takes a second
 
 
 def supported(function, **kwargs):
@@ -19,8 +20,9 @@ def supported(function, **kwargs):
 def wait_for_build():
     """To be called before NeMo is imported: where CUDA's compiler is, Megatron 0.15 then builds an allocator, once.
 
-    A process that is killed meanwhile leaves torch's lock, and whoever imports NeMo after it waits for ever, without a
-    word. So wait here for a lock that is young, and remove one that is old.
+    Each import takes torch's lock, if only to see that it is built. A process that is killed meanwhile leaves it, and
+    whoever imports NeMo after it waits for ever, without a word. So wait here for a lock that is young, and remove one
+    that is old.
     """
     choose_architecture()
     root = os.environ.get("TORCH_EXTENSIONS_DIR")
@@ -31,13 +33,19 @@ def wait_for_build():
     for lock in Path(root).glob(pattern):
         said = False
         with contextlib.suppress(FileNotFoundError):
-            while time.time() - lock.stat().st_mtime < BUILDING:
+            while time.time() - lock.stat().st_mtime < (LOOKING if _is_built(lock.parent) else BUILDING):
                 if not said:
                     print(f"waiting for another process, which compiles for NeMo: {lock}", file=sys.stderr, flush=True)
                     said = True
                 time.sleep(0.5)
             lock.unlink()
             print(f"removed {lock}: the process that compiled for NeMo was killed", file=sys.stderr, flush=True)
+
+
+def _is_built(folder):
+    """Whether the newest of a build's files is the library, ninja's own (.ninja_log) left out."""
+    files = [path for path in folder.iterdir() if path.name != "lock" and not path.name.startswith(".")]
+    return bool(files) and max(files, key=lambda path: path.stat().st_mtime).suffix == ".so"
 
 
 def choose_architecture():

@@ -124,23 +124,28 @@ def is_llama(config):
 
 
 class FusedRoPE(Callback):
-    """One kernel of Transformer Engine's that splits queries, keys and values and turns the first two."""
+    """Queries, keys and values are split and turned by their positions in one pass: see rope.py."""
 
     def setup(self, trainer, pl_module, stage):
         config = pl_module.config
+        splits = inspect.signature(megatron_attention.SelfAttention.get_query_key_value_tensors).parameters
         if (
             is_llama(config)
             and config.rotary_percent == 1
-            and getattr(megatron_attention, "HAVE_FUSED_QKV_ROPE", False)
+            and not config.rotary_interleaved
+            and "split_qkv" in splits  # not so in an older Megatron
         ):
-            config.fused_single_qkv_rope = True
+            from nemo_tutorial import rope  # Triton comes with PyTorch for CUDA
+
+            megatron_attention.SelfAttention.forward = rope.attention
+            megatron_attention.SelfAttention.get_query_key_value_tensors = rope.split_and_turned
 
 
 class GradientsInProduct(Callback):
     """Weight gradients are added to their sum inside the products that make them.
 
     Transformer Engine's layers can. Megatron asks for Apex all the same, because of its own output layer; where there
-    is no Apex, that one adds after its product, as it does without this.
+    is no Apex, that one takes PyTorch's product.
     """
 
     def setup(self, trainer, pl_module, stage):
@@ -154,7 +159,10 @@ class GradientsInProduct(Callback):
 
 def add_gradient(x, grad, total):
     """Apex's function of either name: adds grad^T x to `total`; x (t, k), grad (t, n), total (n, k)."""
-    total.add_(grad.t().mm(x))
+    if total.is_cuda and hasattr(torch.ops.aten.addmm, "dtype_out"):  # of PyTorch 2.8
+        torch.addmm(total, grad.t(), x, out_dtype=total.dtype, out=total)
+    else:
+        total.add_(grad.t().mm(x))
 
 
 class SwiGLU(Callback):

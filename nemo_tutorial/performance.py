@@ -19,6 +19,7 @@ class Setting:
     when: Callable  # of the flags: does it apply?
     values: dict = field(default_factory=dict)  # path in the recipe -> value; a path that it lacks is left out
     callback: str | None = None  # "module.Class" of nemo_tutorial, added to the trainer's
+    gpu: bool = True  # False: it is of what the host does, and made without a GPU too
 
 
 SETTINGS = [
@@ -48,8 +49,9 @@ SETTINGS = [
     ),
     Setting(
         "positions",
-        "q, k and v are split and turned by their positions in one kernel, of Llama, in samples that are no packs",
-        lambda args: args.context_parallel_size == 1 and getattr(args, "packing", False) is False,
+        "q, k and v of Llama are split and turned by their positions in one pass over memory",
+        # Packs that are split between GPUs have their positions in another order.
+        lambda args: args.context_parallel_size == 1 or getattr(args, "packing", False) is False,
         callback="kernels.FusedRoPE",
     ),
     Setting(
@@ -75,12 +77,21 @@ SETTINGS = [
         "what is there after the first step is no garbage: Python's collector leaves it alone, half a second each time",
         lambda args: True,
         callback="hooks.FreezeHeap",
+        gpu=False,
     ),
     Setting(
         "pause",
         "what Megatron and Lightning do for nothing between two steps, while the GPU waits, is left out",
         lambda args: True,
         callback="hooks.ShortPause",
+        gpu=False,
+    ),
+    Setting(
+        "ahead",
+        "no step waits for a number, as clipping, NaN checks and logs do: those are looked at a step later",
+        lambda args: True,
+        callback="ahead.RunAhead",
+        gpu=False,
     ),
     Setting(
         "adapter",
@@ -93,7 +104,8 @@ SETTINGS = [
 
 def settings(args):
     """The settings that `--performance auto` makes for these flags, the hardware's filled in."""
-    # The fast kernels are Transformer Engine's: on a GPU only, and not in fp32, which is for comparing.
-    if args.performance == "off" or args.accelerator == "cpu" or args.precision == "fp32":
+    if args.performance == "off":
         return []
-    return [setting for setting in SETTINGS if setting.when(args)]
+    # The fast kernels are Transformer Engine's: on a GPU only, and not in fp32, which is for comparing.
+    kernels = args.accelerator != "cpu" and args.precision != "fp32"
+    return [setting for setting in SETTINGS if setting.when(args) and (kernels or not setting.gpu)]

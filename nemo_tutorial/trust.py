@@ -97,6 +97,7 @@ nemo.lightning.pytorch.callbacks.megatron_comm_overlap _CommOverlapConfig
 nemo.lightning.pytorch.optim.* ^
 nemo.lightning.pytorch.plugins.* ^
 nemo.utils.exp_manager TimingCallback DeltaTimingCallback
+nemo_tutorial.ahead RunAhead
 nemo_tutorial.callbacks ^
 nemo_tutorial.hooks ^
 nemo_tutorial.kernels CrossEntropy FlashAttention3 FusedRoPE GradientsInProduct SwiGLU

@@ -1,6 +1,7 @@
 """On a GPU with Transformer Engine: what the no-GPU mode writes is what a GPU machine writes, and can go on from."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 from conftest import script
@@ -135,6 +136,76 @@ def test_cross_entropy_by_transformer_engines_kernels(columns, monkeypatch):
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(ours.grad, whole.grad, rtol=0.01, atol=1e-9)
     assert not ours.grad[1, 1].any() and not ours.grad[2, 0].any()
+
+
+@pytest.mark.parametrize("groups, n, d", [(8, 4, 64), (8, 4, 128), (32, 1, 128)])
+@pytest.mark.parametrize("packed", [False, True])
+def test_positions_by_our_kernel(groups, n, d, packed):
+    """q, k, v and their gradient in bf16 are Megatron's, computed in float32, to the last bit or one beside it."""
+    import torch
+    from test_rope import frequencies, megatrons
+
+    from nemo_tutorial import rope
+
+    torch.manual_seed(1)
+    tokens, b, cuts = 96, 1 if packed else 2, [0, 40, 41, 96]
+    mixed = torch.randn(tokens, b, groups, (n + 2) * d, device="cuda").bfloat16().requires_grad_()
+    table, pack = frequencies(tokens, d).cuda(), None
+    if packed:
+        ends = torch.tensor(cuts, dtype=torch.int32, device="cuda")
+        pack = SimpleNamespace(cu_seqlens_q=ends, cu_seqlens_q_padded=None)
+    found = rope.SplitAndTurn.apply(mixed, *rope.angles(table, pack, tokens))
+    if packed:
+        table = torch.cat([table[: end - start] for start, end in zip(cuts, cuts[1:])])
+    whole = mixed.detach().float().requires_grad_()
+    expected = megatrons(whole, table, n, d)
+    grads = [torch.randn_like(part).bfloat16() for part in expected]
+    torch.autograd.backward(found, grads)
+    torch.autograd.backward(expected, [grad.float() for grad in grads])
+    for ours, theirs in zip((*found, mixed.grad), (*expected, whole.grad)):
+        torch.testing.assert_close(ours.float(), theirs, rtol=2**-7, atol=1e-5)
+
+
+def test_a_product_adds_to_a_sum():
+    """Of bf16, in float32; the sum that was there is kept."""
+    import torch
+
+    from nemo_tutorial import kernels
+
+    torch.manual_seed(1)
+    x, grad = torch.randn(512, 64, device="cuda").bfloat16(), torch.randn(512, 96, device="cuda").bfloat16()
+    total = torch.randn(96, 64, device="cuda")
+    expected = total + grad.float().t().mm(x.float())
+    kernels.add_gradient(x, grad, total)
+    torch.testing.assert_close(total, expected, rtol=1e-4, atol=1e-3)
+
+
+def test_a_step_waits_for_no_number():
+    """Norm and clipping leave their number on the GPU, and are Megatron's."""
+    import torch
+    from megatron.core.optimizer import clip_grads
+
+    from nemo_tutorial import ahead
+
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("nccl", init_method="tcp://127.0.0.1:0", rank=0, world_size=1)
+    torch.manual_seed(1)
+    both = [[torch.nn.Parameter(torch.zeros(1000, 30, device="cuda")) for _ in range(5)] for _ in range(2)]
+    for ours, theirs in zip(*both):
+        ours.grad = torch.randn_like(ours)
+        theirs.grad = ours.grad.clone()
+    group = torch.distributed.group.WORLD
+    ahead.gradient_norm([parameter.grad.clone() for parameter in both[0]], 2, group)  # makes NCCL's communicator
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        norm = ahead.gradient_norm([parameter.grad for parameter in both[0]], 2, group)
+        ahead.clip(both[0], 1.0, norm)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    expected = clip_grads.get_grad_norm_fp32([parameter.grad for parameter in both[1]], 2, group)
+    ahead.STOCK_CLIP(both[1], 1.0, expected)
+    assert norm.item() == expected
+    assert all(ours.grad.equal(theirs.grad) for ours, theirs in zip(*both))
 
 
 def test_fp8(stages):

@@ -6,6 +6,7 @@ Those of a GPU are not here: operators of the same signature, computed by PyTorc
 from types import SimpleNamespace
 
 import pytest
+import triton_interpreter
 
 pytestmark = pytest.mark.nemo
 
@@ -370,26 +371,44 @@ def config_of(name, **changes):
 
 
 @pytest.mark.parametrize(
-    "name, changes, fused, summed",
+    "name, changes, turned, summed",
     [
         ("Llama32Config1B", {}, True, True),
         ("Llama2Config7B", {}, True, True),
         ("Llama32Config1B", {"rotary_percent": 0.5}, False, True),
+        ("Llama32Config1B", {"rotary_interleaved": True}, False, True),
         ("Llama4Experts16Config", {}, False, False),  # has layers without positions
         ("Qwen3Config8B", {}, False, False),  # norms its queries
         ("Gemma2Config2B", {}, False, False),  # says itself that gradients are not summed up in products
     ],
 )
-def test_what_was_measured_on_llama_is_for_llama(monkeypatch, name, changes, fused, summed):
+def test_what_was_measured_on_llama_is_for_llama(monkeypatch, name, changes, turned, summed):
     from nemo_tutorial import kernels
 
-    monkeypatch.setattr(kernels.megatron_attention, "HAVE_FUSED_QKV_ROPE", True)
+    self_attention = kernels.megatron_attention.SelfAttention
+    for attribute in ("forward", "get_query_key_value_tensors"):
+        monkeypatch.setattr(self_attention, attribute, getattr(self_attention, attribute))
     for attribute in ("_grad_accum_fusion_available", "fused_weight_gradient_mlp_cuda"):
         monkeypatch.setattr(kernels.layers, attribute, None, raising=False)
-    config = config_of(name, fused_single_qkv_rope=False, gradient_accumulation_fusion=False, **changes)
-    for callback in (kernels.FusedRoPE(), kernels.GradientsInProduct()):
-        callback.setup(None, SimpleNamespace(config=config), "fit")
-    assert (config.fused_single_qkv_rope, config.gradient_accumulation_fusion) == (fused, summed)
+    config = config_of(name, gradient_accumulation_fusion=False, **changes)
+    with triton_interpreter.rope() as rope:
+        for callback in (kernels.FusedRoPE(), kernels.GradientsInProduct()):
+            callback.setup(None, SimpleNamespace(config=config), "fit")
+        assert (self_attention.forward is rope.attention) == turned
+        assert (self_attention.get_query_key_value_tensors is rope.split_and_turned) == turned
+    assert config.gradient_accumulation_fusion == summed
+
+
+def test_an_older_megatron_splits_itself(monkeypatch):
+    from nemo_tutorial import kernels
+
+    def older(self, hidden_states, key_value_states=None):
+        """Megatron 0.12's."""
+
+    self_attention = kernels.megatron_attention.SelfAttention
+    monkeypatch.setattr(self_attention, "get_query_key_value_tensors", older)
+    kernels.FusedRoPE().setup(None, SimpleNamespace(config=config_of("Llama32Config1B")), "fit")
+    assert self_attention.get_query_key_value_tensors is older
 
 
 def test_apex_keeps_its_own_sum(monkeypatch):
