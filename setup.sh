@@ -20,9 +20,10 @@ else
         SECONDS=0
         "$base" -m venv --clear "$root/.venv"
         "$PYTHON" -m pip install -q --disable-pip-version-check uv==0.13.9 2>&1 | grep -v WARNING || true
-        # uv is ten times faster than pip; it does not read pip's settings, so the place of local wheels is passed on.
+        # uv is ten times faster than pip; it does not read pip's settings, so the place of local wheels is passed on,
+        # and it leaves the compiling to the first import, or to each one where Python may not write: half of NeMo's.
         links=${UV_FIND_LINKS:-${PIP_FIND_LINKS:-$("$PYTHON" -m pip config get global.find-links 2>/dev/null || true)}}
-        UV_FIND_LINKS=$links "$root/.venv/bin/uv" pip install -q --python "$PYTHON" \
+        UV_FIND_LINKS=$links "$root/.venv/bin/uv" pip install -q --compile-bytecode --python "$PYTHON" \
             -r "$root/requirements.txt" -c "$root/requirements.lock" ||
             "$PYTHON" -m pip install -q -r "$root/requirements.txt" -c "$root/requirements.lock"
         touch "$stamp"

@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import ctypes
 import datetime
 import faulthandler
 import json
@@ -62,8 +63,7 @@ class Preemption(Callback):
             self.received, self.since = number, time.monotonic()
 
     def setup(self, trainer, pl_module, stage):
-        # torchrun passes a signal on to the rank's process group: the loaders' processes would die before the save.
-        os.register_at_fork(after_in_child=lambda: os.setpgid(0, 0))
+        os.register_at_fork(before=_note_thread, after_in_child=_in_child)
 
     def on_sanity_check_start(self, trainer, pl_module):
         self._listen()  # instead of Lightning's, which ends the one rank that got the signal
@@ -127,6 +127,24 @@ class Preemption(Callback):
         if finalize:  # a save in the background
             finalize(blocking=True)
         return saver.last_model_path.removesuffix(".ckpt")
+
+
+_forking = None  # the thread that is about to fork
+PR_SET_PDEATHSIG = 1  # of Linux' prctl: the signal that this process gets when the thread that forked it ends
+
+
+def _note_thread():
+    global _forking
+    _forking = threading.current_thread()
+
+
+def _in_child():
+    """A process that this rank has forked: of a loader, of a save."""
+    # torchrun passes a signal on to the rank's process group: the loaders' processes would die before the save.
+    os.setpgid(0, 0)
+    # So a rank that is killed does not take them along: Megatron's server of a save's results would stay for ever.
+    if _forking is threading.main_thread():
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 class OwnSchedule(Callback):
