@@ -4,9 +4,11 @@ Each function here takes the place of one of Megatron's, NeMo's or Lightning's a
 number from the GPU, for which the host waits, and after that the GPU for the host. benchmarks/README.md has its worth.
 """
 
+import inspect
+
 import torch
 from lightning.pytorch import Callback
-from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup
+from megatron.core.distributed import param_and_grad_buffer
 from megatron.core.optimizer import clip_grads
 from megatron.core.optimizer import optimizer as megatron_optimizer
 from nemo.lightning.megatron_parallel import MaskedTokenLossReduction
@@ -14,7 +16,8 @@ from nemo.lightning.megatron_parallel import MaskedTokenLossReduction
 from nemo_tutorial import progress
 
 STOCK_NORM, STOCK_CLIP = megatron_optimizer.get_grad_norm_fp32, megatron_optimizer.clip_grad_by_total_norm_fp32
-STOCK_CHECK, STOCK_REDUCE = _ParamAndGradBucketGroup.check_grads, MaskedTokenLossReduction.reduce
+Buckets = getattr(param_and_grad_buffer, "_ParamAndGradBucketGroup", None)  # not in an older Megatron
+STOCK_CHECK, STOCK_REDUCE = getattr(Buckets, "check_grads", None), MaskedTokenLossReduction.reduce
 _norms = []  # of the buckets of this rank's own gradients, in the step that goes on
 
 
@@ -22,10 +25,10 @@ class RunAhead(Callback):
     """Puts them in their places, and writes what Lightning logs of a step after the next one."""
 
     def setup(self, trainer, pl_module, stage):
-        megatron_optimizer.get_grad_norm_fp32 = gradient_norm
-        megatron_optimizer.clip_grad_by_total_norm_fp32 = clip
-        _ParamAndGradBucketGroup.check_grads = keep_norms
-        MaskedTokenLossReduction.reduce = reduced_loss
+        if replace(megatron_optimizer, "clip_grad_by_total_norm_fp32", clip):  # which takes either kind of norm
+            replace(megatron_optimizer, "get_grad_norm_fp32", gradient_norm)
+        replace(Buckets, "check_grads", keep_norms)
+        replace(MaskedTokenLossReduction, "reduce", reduced_loss)
         self.connector, self.waiting = trainer._logger_connector, None
         stock = self.connector.log_metrics
 
@@ -62,11 +65,21 @@ class RunAhead(Callback):
                 logger.save()
 
 
-def gradient_norm(grads, norm_type=2, grad_stats_parallel_group=None):
+def replace(owner, name, ours):
+    """Put `ours` there if what is there has the same parameters, as another version's may not; whether it was."""
+    theirs = getattr(owner, name, None)
+    same = theirs and inspect.signature(theirs).parameters.keys() == inspect.signature(ours).parameters.keys()
+    if same:
+        setattr(owner, name, ours)
+    return bool(same)
+
+
+def gradient_norm(grads_for_norm, norm_type=2, grad_stats_parallel_group=None):
     """Megatron's get_grad_norm_fp32; returns a tensor of float64 instead of a number."""
-    if norm_type != 2 or not grads or not all(type(grad) is torch.Tensor and grad.is_cuda for grad in grads):
-        return STOCK_NORM(grads, norm_type, grad_stats_parallel_group)
-    return _norm(grads, grad_stats_parallel_group)
+    on_gpu = all(type(grad) is torch.Tensor and grad.is_cuda for grad in grads_for_norm)
+    if norm_type != 2 or not grads_for_norm or not on_gpu:
+        return STOCK_NORM(grads_for_norm, norm_type, grad_stats_parallel_group)
+    return _norm(grads_for_norm, grad_stats_parallel_group)
 
 
 def _norm(grads, group):

@@ -18,7 +18,7 @@ def ahead(monkeypatch):
     for owner, name in (
         (ahead.megatron_optimizer, "get_grad_norm_fp32"),
         (ahead.megatron_optimizer, "clip_grad_by_total_norm_fp32"),
-        (ahead._ParamAndGradBucketGroup, "check_grads"),
+        (ahead.Buckets, "check_grads"),
         (ahead.MaskedTokenLossReduction, "reduce"),
     ):
         monkeypatch.setattr(owner, name, getattr(owner, name))
@@ -110,6 +110,29 @@ def test_the_mean_loss_is_nemos(ahead, monkeypatch):
     assert ahead.reduced_loss(reduction, legacy) == 3
     monkeypatch.setattr(torch.cuda, "current_device", lambda: "cpu")
     assert ahead.reduced_loss(reduction, []) == 0
+
+
+def test_only_what_has_the_known_arguments_is_replaced(ahead, monkeypatch):
+    """All four of the installed Megatron and NeMo are; an older Megatron's norm has another group, and no buckets."""
+    trainer = SimpleNamespace(_logger_connector=SimpleNamespace(log_metrics=None))
+    ahead.RunAhead().setup(trainer, None, "fit")
+    optimizer = ahead.megatron_optimizer
+    assert (optimizer.get_grad_norm_fp32, optimizer.clip_grad_by_total_norm_fp32) == (ahead.gradient_norm, ahead.clip)
+    assert ahead.Buckets.check_grads is ahead.keep_norms
+    assert ahead.MaskedTokenLossReduction.reduce is ahead.reduced_loss
+
+    def older_norm(grads_for_norm, norm_type=2, model_parallel_group=None):
+        """Megatron 0.11's."""
+
+    def older_clip(parameters, max_norm, total_norm):
+        """Megatron 0.8's."""
+
+    monkeypatch.setattr(ahead, "Buckets", None)
+    for norm, clip in ((older_norm, ahead.STOCK_CLIP), (ahead.STOCK_NORM, older_clip)):
+        optimizer.get_grad_norm_fp32, optimizer.clip_grad_by_total_norm_fp32 = norm, clip
+        ahead.RunAhead().setup(trainer, None, "fit")
+        assert optimizer.get_grad_norm_fp32 is norm
+        assert (optimizer.clip_grad_by_total_norm_fp32 is ahead.clip) == (norm is older_norm)
 
 
 @pytest.mark.parametrize("end", ["on_validation_start", "on_train_end", "on_exception", None])
