@@ -129,13 +129,13 @@ class Preemption(Callback):
         return saver.last_model_path.removesuffix(".ckpt")
 
 
-_forking = None  # the thread that is about to fork
+_main_forks = False  # whether it is the main thread that is about to fork: what is forked takes its own for that
 PR_SET_PDEATHSIG = 1  # of Linux' prctl: the signal that this process gets when the thread that forked it ends
 
 
 def _note_thread():
-    global _forking
-    _forking = threading.current_thread()
+    global _main_forks
+    _main_forks = threading.current_thread() is threading.main_thread()
 
 
 def _in_child():
@@ -143,7 +143,7 @@ def _in_child():
     # torchrun passes a signal on to the rank's process group: the loaders' processes would die before the save.
     os.setpgid(0, 0)
     # So a rank that is killed does not take them along: Megatron's server of a save's results would stay for ever.
-    if _forking is threading.main_thread():
+    if _main_forks:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 

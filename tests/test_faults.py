@@ -457,6 +457,47 @@ def test_all_ranks_end(stages, fault):
 
 
 @pytest.mark.nemo
+def test_what_a_rank_forked_ends_with_it():
+    """Of its main thread, when the rank is killed; of another thread not when that has ended."""
+    from nemo_tutorial import callbacks
+
+    read, write = os.pipe()
+
+    def fork():
+        callbacks._note_thread()
+        if not os.fork():
+            callbacks._in_child()
+            os.write(write, b"%d\n" % os.getpid())
+            time.sleep(60)
+            os._exit(0)
+
+    rank = os.fork()
+    if not rank:
+        fork()
+        thread = threading.Thread(target=fork)
+        thread.start()
+        thread.join()
+        time.sleep(60)
+        os._exit(0)
+    told = b""
+    while told.count(b"\n") < 2:
+        told += os.read(read, 100)
+    first, second = (psutil.Process(int(pid)) for pid in told.split())
+    try:
+        assert os.getpgid(first.pid) == first.pid and os.getpgid(second.pid) == second.pid
+        time.sleep(0.3)
+        alive = [each.is_running() and each.status() != psutil.STATUS_ZOMBIE for each in (first, second)]
+        assert alive == [True, True]
+    finally:
+        os.kill(rank, signal.SIGKILL)
+        os.waitpid(rank, 0)
+    _, left = psutil.wait_procs([first, second], timeout=3)
+    for each in left:
+        each.kill()
+    assert len(left) == 1
+
+
+@pytest.mark.nemo
 def test_nan_weights_are_not_saved(tmp_path):
     """A validation loss of NaN ends the run if weights are NaN, as the last step's; an exception is the next one's."""
     import torch
