@@ -35,6 +35,7 @@ if "RANK" in os.environ:
         raise RuntimeError("injected")
     def poison(number, frame):
         import gc, torch
+        gc.unfreeze()  # after the first step it is told to look at nothing
         for module in gc.get_objects():
             if type(module).__name__ == "VocabParallelEmbedding":
                 module.weight.data.fill_(float("nan"))
