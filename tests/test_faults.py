@@ -33,12 +33,15 @@ import os, signal
 if "RANK" in os.environ:
     def fail(number, frame):
         raise RuntimeError("injected")
+    def fill(module, inputs):
+        module.weight.data.fill_(float("nan"))
     def poison(number, frame):
-        import gc, torch
+        import gc
         gc.unfreeze()  # after the first step it is told to look at nothing
         for module in gc.get_objects():
             if type(module).__name__ == "VocabParallelEmbedding":
-                module.weight.data.fill_(float("nan"))
+                # As a forward pass begins: what is put there later in a step, the optimizer writes over.
+                module.register_forward_pre_hook(fill)
     signal.signal(signal.SIGUSR2, fail)
     signal.signal(signal.SIGRTMIN, poison)
 """
