@@ -4,16 +4,15 @@ Each function here takes the place of one of Megatron's, NeMo's or Lightning's a
 number from the GPU, for which the host waits, and after that the GPU for the host. benchmarks/README.md has its worth.
 """
 
-import inspect
-
 import torch
 from lightning.pytorch import Callback
+from megatron.core import parallel_state
 from megatron.core.distributed import param_and_grad_buffer
 from megatron.core.optimizer import clip_grads
 from megatron.core.optimizer import optimizer as megatron_optimizer
 from nemo.lightning.megatron_parallel import MaskedTokenLossReduction
 
-from nemo_tutorial import progress
+from nemo_tutorial import compat, progress
 
 STOCK_NORM, STOCK_CLIP = megatron_optimizer.get_grad_norm_fp32, megatron_optimizer.clip_grad_by_total_norm_fp32
 Buckets = getattr(param_and_grad_buffer, "_ParamAndGradBucketGroup", None)  # not in an older Megatron
@@ -25,23 +24,23 @@ class RunAhead(Callback):
     """Puts them in their places, and writes what Lightning logs of a step after the next one."""
 
     def setup(self, trainer, pl_module, stage):
-        if replace(megatron_optimizer, "clip_grad_by_total_norm_fp32", clip):  # which takes either kind of norm
-            replace(megatron_optimizer, "get_grad_norm_fp32", gradient_norm)
-        replace(Buckets, "check_grads", keep_norms)
-        replace(MaskedTokenLossReduction, "reduce", reduced_loss)
-        self.connector, self.waiting = trainer._logger_connector, None
-        stock = self.connector.log_metrics
+        if compat.replace(megatron_optimizer, "clip_grad_by_total_norm_fp32", clip):  # which takes either kind of norm
+            compat.replace(megatron_optimizer, "get_grad_norm_fp32", gradient_norm)
+        compat.replace(Buckets, "check_grads", keep_norms)
+        compat.replace(MaskedTokenLossReduction, "reduce", reduced_loss)
+        self.waiting, connector = None, trainer._logger_connector
+        stock = connector.log_metrics
 
         def log_metrics(metrics, step=None):
             self._write(trainer)
             if not trainer.training:
                 stock(metrics, step)
             elif trainer.loggers and metrics:
-                self.connector._logged_metrics.update(metrics)
+                connector._logged_metrics.update(metrics)
                 place = {"step": trainer.fit_loop.epoch_loop._batches_that_stepped, "epoch": trainer.current_epoch}
                 self.waiting = progress.Numbers(place | metrics)
 
-        self.connector.log_metrics = log_metrics
+        connector.log_metrics = log_metrics
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         _norms.clear()
@@ -63,15 +62,6 @@ class RunAhead(Callback):
             for logger in trainer.loggers:
                 logger.log_metrics(metrics=numbers, step=step)
                 logger.save()
-
-
-def replace(owner, name, ours):
-    """Put `ours` there if what is there has the same parameters, as another version's may not; whether it was."""
-    theirs = getattr(owner, name, None)
-    same = theirs and inspect.signature(theirs).parameters.keys() == inspect.signature(ours).parameters.keys()
-    if same:
-        setattr(owner, name, ours)
-    return bool(same)
 
 
 def gradient_norm(grads_for_norm, norm_type=2, grad_stats_parallel_group=None):
@@ -121,8 +111,6 @@ def reduced_loss(self, losses_reduced_per_micro_batch):
     found = losses_reduced_per_micro_batch
     if not found or "avg" in found[0]:
         return STOCK_REDUCE(self, found)
-    from megatron.core import parallel_state
-
     rows = torch.vstack([each["loss_sum_and_ub_size"] for each in found])
     total = rows.where(rows[:, 1:] > 0, 0).sum(dim=0)
     torch.distributed.all_reduce(total, group=parallel_state.get_data_parallel_group(with_context_parallel=True))

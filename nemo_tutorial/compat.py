@@ -17,6 +17,15 @@ def supported(function, **kwargs):
     return {name: value for name, value in kwargs.items() if name in parameters}
 
 
+def replace(owner, name, ours):
+    """Put `ours` there if what is there has the same parameters, as in another version it may not; whether it was."""
+    theirs = getattr(owner, name, None)
+    same = theirs and inspect.signature(theirs).parameters.keys() == inspect.signature(ours).parameters.keys()
+    if same:
+        setattr(owner, name, ours)
+    return bool(same)
+
+
 def wait_for_build():
     """To be called before NeMo is imported: where CUDA's compiler is, Megatron 0.15 then builds an allocator, once.
 

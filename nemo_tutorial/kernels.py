@@ -6,7 +6,6 @@ benchmarks/README.md has what each is worth.
 import contextlib
 import ctypes
 import importlib.util
-import inspect
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,7 +18,7 @@ from megatron.core.transformer import attention as megatron_attention
 from megatron.core.transformer import mlp
 from nemo.collections import llm
 
-from nemo_tutorial import terminal
+from nemo_tutorial import compat, terminal
 
 # What Transformer Engine's two kernels of the cross entropy take.
 STATISTICS = "X_ptr X_stride Y_ptr Y_stride m_d_X_y_ptr m_d_X_y_stride rank n_cols BLOCK_SIZE".split()
@@ -36,10 +35,9 @@ class CrossEntropy(Callback):
             from transformer_engine.pytorch.triton import cross_entropy as theirs
 
             statistics, gradient = theirs.online_softmax_kernel, theirs.cross_entropy_kernel
-            ours, megatrons = cross_entropy_by(statistics, gradient), language_module.te_parallel_cross_entropy
-            same = inspect.signature(ours).parameters.keys() == inspect.signature(megatrons).parameters.keys()
-            if same and [statistics.arg_names, gradient.arg_names] == [STATISTICS, GRADIENT]:
-                language_module.te_parallel_cross_entropy = ours
+            if [statistics.arg_names, gradient.arg_names] == [STATISTICS, GRADIENT]:
+                ours = cross_entropy_by(statistics, gradient)
+                compat.replace(language_module, "te_parallel_cross_entropy", ours)
 
 
 def cross_entropy_by(statistics, gradient):
@@ -128,12 +126,12 @@ class FusedRoPE(Callback):
 
     def setup(self, trainer, pl_module, stage):
         config = pl_module.config
-        splits = inspect.signature(megatron_attention.SelfAttention.get_query_key_value_tensors).parameters
+        split = megatron_attention.SelfAttention.get_query_key_value_tensors
         if (
             is_llama(config)
             and config.rotary_percent == 1
             and not config.rotary_interleaved
-            and "split_qkv" in splits  # not so in an older Megatron
+            and compat.supported(split, split_qkv=False)  # not by an older Megatron
         ):
             from nemo_tutorial import rope  # Triton comes with PyTorch for CUDA
 

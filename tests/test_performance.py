@@ -187,12 +187,10 @@ def test_what_is_done_inside_products_and_in_one_pass():
     command = [sys.executable, "-c", INSIDE, str(ROOT)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
     assert done.returncode == 0, done.stderr[-3000:]
-    lines = [list(map(float, line.split()[1:])) for line in done.stdout.splitlines() if line.startswith("found")]
+    found = [list(map(float, line.split()[1:])) for line in done.stdout.splitlines() if line.startswith("found")]
     layers, linears = 2, 2 * 4 + 1  # of two layers and the output
-    for (*before, outside), (calls, turned, *inside), micro_batches in (
-        (([*lines[0][:2], lines[0][2:]]), lines[1], 6 * 4),
-        (([*lines[2][:2], lines[2][2:]]), lines[3], 3 * 8),
-    ):
+    for plain, changed, micro_batches in ((*found[:2], 6 * 4), (*found[2:], 3 * 8)):
+        (*before, outside), (calls, turned, inside) = ([*line[:2], line[2:]] for line in (plain, changed))
         assert before == [0, 0] and calls == linears * micro_batches and turned == 2 * layers * micro_batches
         assert inside == pytest.approx(outside, rel=1e-4)
         assert inside[-1] < inside[0]
