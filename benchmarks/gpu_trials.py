@@ -22,11 +22,12 @@ def fold_norm():
     plain = lora.forward
 
     def forward(self, x, *args, **kwargs):
-        adapter, base = self.adapter, self.to_wrap
+        base = self.to_wrap
         if not hasattr(base, "layer_norm_weight") or base.weight.requires_grad or base.config.fp8:
             return plain(self, x, *args, **kwargs)
         normed = F.rms_norm(x, x.shape[-1:], base.layer_norm_weight, base.config.layernorm_epsilon)
-        low_rank = adapter.linear_in.weight, adapter.linear_out.weight, adapter.alpha / adapter.dim
-        return lora.FrozenLowRank.apply(normed, base.weight, *low_rank), None
+        a, b, scale = lora.low_rank(self)
+        out, low = lora.FrozenAndDown.apply(normed, base.weight, a)
+        return lora.Up.apply(out, low, b, scale), None
 
     lora.forward = forward

@@ -155,12 +155,12 @@ class GradientsInProduct(Callback):
             pl_module.config.gradient_accumulation_fusion = True
 
 
-def add_gradient(x, grad, total):
-    """Apex's function of either name: adds grad^T x to `total`; x (t, k), grad (t, n), total (n, k)."""
+def add_gradient(x, grad, total, scale=1.0):
+    """Apex's function of either name: adds scale * grad^T x to `total`; x (t, k), grad (t, n), total (n, k)."""
     if total.is_cuda and hasattr(torch.ops.aten.addmm, "dtype_out"):  # of PyTorch 2.8
-        torch.addmm(total, grad.t(), x, out_dtype=total.dtype, out=total)
+        torch.addmm(total, grad.t(), x, alpha=scale, out_dtype=total.dtype, out=total)
     else:
-        total.add_(grad.t().mm(x))
+        total.add_(grad.t().mm(x), alpha=scale)
 
 
 class SwiGLU(Callback):

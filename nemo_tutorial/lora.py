@@ -1,94 +1,136 @@
-"""NeMo's LoRA layer with what the adapter adds, to the output and to the gradient, added inside its own products.
+"""NeMo's LoRA layer with what the adapter adds, to the output and to the gradients, added inside its own products.
 
 NeMo's own (nemo/collections/llm/peft/lora.py) writes the adapter's output, then reads it and the layer's to add them.
-benchmarks/README.md has what that costs.
+benchmarks/README.md has what that costs. t is a sample's tokens times the samples.
 """
 
 import torch
 from lightning.pytorch import Callback
 from megatron.core import parallel_state
+from megatron.core.fusions import fused_bias_dropout
+from megatron.core.transformer import mlp
 from nemo.collections.llm.peft import lora
 
+from nemo_tutorial import kernels
 
-class LowRank(torch.autograd.Function):
-    """out + scale * (x A^T) B^T, written into `out`, which nothing else may have kept for its backward pass.
 
-    out (..., n), x (..., k), a (rank, k), b (n, rank); returns a tensor of out's shape, in its memory.
+class Down(torch.autograd.Function):
+    """x A^T; x (..., k), a (rank, k), returns (t, rank)."""
+
+    @staticmethod
+    def forward(ctx, x, a):
+        rows = x.reshape(-1, x.shape[-1])
+        ctx.save_for_backward(rows, a)
+        ctx.shape = x.shape
+        return rows.mm(a.t())
+
+    @staticmethod
+    def backward(ctx, grad):
+        rows, a = ctx.saved_tensors
+        grad_x = grad.mm(a).view(ctx.shape) if ctx.needs_input_grad[0] else None
+        return grad_x, gradient(a, grad, rows)
+
+
+class FrozenAndDown(torch.autograd.Function):
+    """x W^T, where W gets no gradient, and x A^T: so that the gradient of x is one sum.
+
+    x (..., k), w (n, k), a (rank, k); returns (..., n) and (t, rank).
     """
 
     @staticmethod
-    def forward(ctx, out, x, a, b, scale):
+    def forward(ctx, x, w, a):
         rows = x.reshape(-1, x.shape[-1])
-        low = rows.mm(a.t())
-        ctx.save_for_backward(rows, low, a, b)
-        ctx.scale, ctx.shape = scale, x.shape
+        ctx.save_for_backward(rows, w, a)
+        ctx.shape = x.shape
+        return rows.mm(w.t()).view(*x.shape[:-1], -1), rows.mm(a.t())
+
+    @staticmethod
+    def backward(ctx, grad, grad_low):
+        rows, w, a = ctx.saved_tensors
+        flat = grad.reshape(-1, grad.shape[-1])
+        grad_x = flat.mm(w).addmm_(grad_low, a).view(ctx.shape) if ctx.needs_input_grad[0] else None
+        return grad_x, None, gradient(a, grad_low, rows)
+
+
+class Up(torch.autograd.Function):
+    """out + scale * low B^T, written into `out`, which nothing else may have kept for its backward pass.
+
+    out (..., n), low (t, rank), b (n, rank); returns a tensor of out's shape, in its memory.
+    """
+
+    @staticmethod
+    def forward(ctx, out, low, b, scale):
+        ctx.save_for_backward(low, b)
+        ctx.scale = scale
         flat = out.detach().view(-1, out.shape[-1])
         torch.addmm(flat, low, b.t(), alpha=scale, out=flat)
         return flat.view(out.shape)
 
     @staticmethod
     def backward(ctx, grad):
-        rows, low, a, b = ctx.saved_tensors
-        flat = grad.reshape(-1, grad.shape[-1])
-        grad_low, grad_a, grad_b = _gradients(flat, rows, low, b, ctx.scale)
-        grad_x = grad_low.mm(a).view(ctx.shape) if ctx.needs_input_grad[1] else None
-        return grad, grad_x, grad_a, grad_b, None
+        low, b = ctx.saved_tensors
+        return grad, *up_gradients(grad, low, b, ctx.scale), None
 
 
-class FrozenLowRank(torch.autograd.Function):
-    """x W^T + scale * (x A^T) B^T, where W gets no gradient: so that of x is one sum as well.
+def up_gradients(grad, low, b, scale):
+    """Those of `low` and B from that of scale * low B^T (..., n)."""
+    flat = grad.reshape(-1, grad.shape[-1])
+    grad_low = torch.addmm(flat.new_empty(()), flat, b, beta=0, alpha=scale)  # the product alone, multiplied inside
+    return grad_low, gradient(b, flat, low, scale)
 
-    x (..., k), w (n, k), a (rank, k), b (n, rank); returns (..., n).
+
+def gradient(weight, grad, x, scale=1.0):
+    """scale * grad^T x, that of `weight` (n, k), from grad (t, n) and x (t, k).
+
+    Where Megatron keeps a sum of the micro batches' gradients, it is added to that inside the product, and what is
+    returned is what Megatron expects then: a tensor that nobody reads.
     """
-
-    @staticmethod
-    def forward(ctx, x, w, a, b, scale):
-        rows = x.reshape(-1, x.shape[-1])
-        low = rows.mm(a.t())
-        ctx.save_for_backward(rows, low, w, a, b)
-        ctx.scale, ctx.shape = scale, x.shape
-        return rows.mm(w.t()).addmm_(low, b.t(), alpha=scale).view(*x.shape[:-1], -1)
-
-    @staticmethod
-    def backward(ctx, grad):
-        rows, low, w, a, b = ctx.saved_tensors
-        flat = grad.reshape(-1, grad.shape[-1])
-        grad_low, grad_a, grad_b = _gradients(flat, rows, low, b, ctx.scale)
-        grad_x = flat.mm(w).addmm_(grad_low, a).view(ctx.shape) if ctx.needs_input_grad[0] else None
-        return grad_x, None, grad_a, grad_b, None
-
-
-def _gradients(grad, rows, low, b, scale):
-    """Of `low` (..., rank), A and B, from that of the output."""
-    grad_low = grad.mm(b).mul_(scale)
-    return grad_low, grad_low.t().mm(rows), grad.t().mm(low).mul_(scale)
+    total = getattr(weight, "main_grad", None)
+    if total is None:
+        return grad.t().mm(x).mul_(scale)
+    kernels.add_gradient(x, grad, total, scale)
+    weight.grad_added_to_main_grad = True
+    return torch.empty_like(weight)
 
 
 STOCK = lora.LoRALinear.forward
 
 
 def forward(self, x, *args, **kwargs):
-    """LoRALinear's, by the products above where they compute the same: no dropout, no expert, no tensor parallelism."""
-    adapter, base = self.adapter, self.to_wrap
-    if (
-        adapter.dropout is not None
-        or adapter.is_expert
-        or not isinstance(adapter.activation, torch.nn.Identity)
-        or parallel_state.get_tensor_model_parallel_world_size() > 1
-    ):
+    """LoRALinear's, by the products above where they compute the same."""
+    base = self.to_wrap
+    if not is_plain(self.adapter):
         return STOCK(self, x, *args, **kwargs)
-    low_rank = adapter.linear_in.weight, adapter.linear_out.weight, adapter.alpha / adapter.dim
-    if _is_one_product(base) and base.weight.dtype == x.dtype:
-        return FrozenLowRank.apply(x, base.weight, *low_rank), None
-    out, bias, normed = self.base_linear_forward(x, *args, **kwargs)
-    return LowRank.apply(out, normed, *low_rank), bias
+    a, b, scale = low_rank(self)
+    if is_one_product(base) and base.weight.dtype == x.dtype:
+        (out, low), bias = FrozenAndDown.apply(x, base.weight, a), None
+    else:
+        out, bias, normed = self.base_linear_forward(x, *args, **kwargs)
+        low = Down.apply(normed, a)
+    return Up.apply(out, low, b, scale), bias
 
 
-def _is_one_product(base):
+def is_plain(adapter):
+    """Whether an adapter is two products and no more: no dropout, no activation, no expert, no tensor parallelism."""
+    return (
+        adapter.dropout is None
+        and not adapter.is_expert
+        and isinstance(adapter.activation, torch.nn.Identity)
+        and parallel_state.get_tensor_model_parallel_world_size() == 1
+    )
+
+
+def is_one_product(base):
     """Whether a layer is x W^T and no more: its weight frozen, no bias, no norm of its input inside it, no FP8."""
     plain = getattr(base, "bias", None) is None or not base.bias.numel()  # Transformer Engine's stands there empty
     normed = hasattr(base, "layer_norm_weight")
     return plain and not normed and not base.weight.requires_grad and not base.config.fp8
+
+
+def low_rank(layer):
+    """A (rank, k), B (n, rank) and the scale of a LoRALinear."""
+    adapter = layer.adapter
+    return adapter.linear_in.weight, adapter.linear_out.weight, adapter.alpha / adapter.dim
 
 
 class AddedInProduct(Callback):
@@ -96,3 +138,16 @@ class AddedInProduct(Callback):
 
     def setup(self, trainer, pl_module, stage):
         lora.LoRALinear.forward = forward
+
+
+class AddedByKernels(Callback):
+    """Have SwiGLU's kernels, and that of the sum with the residual, add what LoRA adds: see lora_kernels.py."""
+
+    def setup(self, trainer, pl_module, stage):
+        if kernels.is_llama(pl_module.config):
+            from nemo_tutorial import lora_kernels  # Triton comes with PyTorch for CUDA
+
+            lora.LoRALinear.forward = lora_kernels.linear
+            mlp.MLP.forward = lora_kernels.mlp
+            for name in ("bias_dropout_add_fused_train", "bias_dropout_add_fused_inference"):
+                setattr(fused_bias_dropout, name, lora_kernels.residual_sum_or(getattr(fused_bias_dropout, name)))

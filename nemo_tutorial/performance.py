@@ -22,6 +22,11 @@ class Setting:
     gpu: bool = True  # False: it is of what the host does, and made without a GPU too
 
 
+def lora_alone(args):
+    """Whether all of an adapter's two products are on each GPU, with nothing between them."""
+    return args.peft == "lora" and args.tensor_model_parallel_size == 1 and not args.lora_dropout
+
+
 SETTINGS = [
     Setting(
         "loss",
@@ -96,8 +101,14 @@ SETTINGS = [
     Setting(
         "adapter",
         "what LoRA adds, to outputs and to gradients, is added inside its matrix products, not in passes of its own",
-        lambda args: args.peft == "lora" and args.tensor_model_parallel_size == 1 and not args.lora_dropout,
+        lora_alone,
         callback="lora.AddedInProduct",
+    ),
+    Setting(
+        "adapter kernels",
+        "what LoRA adds around SwiGLU and to a block's output, of Llama, the kernels add that read those anyway",
+        lambda args: lora_alone(args) and not args.fp8,
+        callback="lora.AddedByKernels",
     ),
 ]
 

@@ -102,7 +102,7 @@ nemo_tutorial.callbacks ^
 nemo_tutorial.hooks ^
 nemo_tutorial.kernels CrossEntropy FlashAttention3 FusedRoPE GradientsInProduct SwiGLU
 nemo_tutorial.loggers MLflow WeightsAndBiases
-nemo_tutorial.lora AddedInProduct
+nemo_tutorial.lora AddedByKernels AddedInProduct
 nemo_tutorial.network_check NetworkCheck
 nemo_tutorial.progress Progress
 nemo_tutorial.samples Samples

@@ -154,7 +154,7 @@ def test_added_in_the_product(adapted, monkeypatch, case):
 
     expected, gradients = run()
     called = []
-    for function in (lora.LowRank, lora.FrozenLowRank):
+    for function in (lora.Down, lora.FrozenAndDown):
 
         def counted(*args, function=function, apply=function.apply):
             called.append(function)
@@ -166,7 +166,7 @@ def test_added_in_the_product(adapted, monkeypatch, case):
     found, ours = run()
     assert len(called) == sum(isinstance(module, LoRALinear) for module in model.modules()) > 0
     # Without Transformer Engine no layer has a norm inside it; Qwen 2 has biases.
-    assert (lora.LowRank in called) == (case == "qwen2") and lora.FrozenLowRank in called
+    assert (lora.Down in called) == (case == "qwen2") and lora.FrozenAndDown in called
     assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
     assert ours.keys() == gradients.keys() and all(".adapter." in name for name in ours)
     for name, gradient in gradients.items():

@@ -4,6 +4,7 @@ import json
 from types import SimpleNamespace
 
 import pytest
+import test_lora_kernels
 from conftest import script
 from test_families import CASES, make_model
 
@@ -164,6 +165,23 @@ def test_positions_by_our_kernel(groups, n, d, packed):
     torch.autograd.backward(expected, [grad.float() for grad in grads])
     for ours, theirs in zip((*found, mixed.grad), (*expected, whole.grad)):
         torch.testing.assert_close(ours.float(), theirs, rtol=2**-7, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [*test_lora_kernels.SHAPES, (1000, 64, 14336, 128, 16, 16)], ids=str)
+def test_adapters_in_kernels(shape):
+    """SwiGLU and the sum with the residual, with gradients as autograd has them and in Megatron's float32 sums."""
+    import torch
+
+    from nemo_tutorial import lora_kernels
+
+    test_lora_kernels.compare(lora_kernels, test_lora_kernels.tensors(shape, torch.bfloat16, "cuda"), 1e-2)
+    once, summed = (test_lora_kernels.tensors(shape, torch.bfloat16, "cuda") for _ in range(2))
+    for i in test_lora_kernels.ADAPTERS:
+        summed[i].main_grad = torch.ones_like(summed[i], dtype=torch.float32)
+    for inputs in (once, summed):
+        test_lora_kernels.by_kernels(lora_kernels, *inputs).float().square().sum().backward()
+    for i in test_lora_kernels.ADAPTERS:
+        assert (summed[i].main_grad - 1 - once[i].grad).norm() < 1e-2 * once[i].grad.norm()
 
 
 def test_a_product_adds_to_a_sum():

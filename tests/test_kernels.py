@@ -391,7 +391,7 @@ def test_what_was_measured_on_llama_is_for_llama(monkeypatch, name, changes, tur
     for attribute in ("_grad_accum_fusion_available", "fused_weight_gradient_mlp_cuda"):
         monkeypatch.setattr(kernels.layers, attribute, None, raising=False)
     config = config_of(name, gradient_accumulation_fusion=False, **changes)
-    with triton_interpreter.rope() as rope:
+    with triton_interpreter.imported("rope") as rope:
         for callback in (kernels.FusedRoPE(), kernels.GradientsInProduct()):
             callback.setup(None, SimpleNamespace(config=config), "fit")
         assert (self_attention.forward is rope.attention) == turned

@@ -23,6 +23,7 @@ GPU = {
     "pipeline_model_parallel_size": 1,
     "context_parallel_size": 1,
     "main_grads_dtype": None,
+    "fp8": False,
 }
 
 
@@ -64,7 +65,8 @@ def test_gradients_in_bf16_are_not_summed_in_products():
 def test_adapters_without_dropout_are_added_in_the_product():
     assert "adapter" in names(peft="lora", num_gpus=4)
     for flags in ({}, {"lora_dropout": 0.1}, {"tensor_model_parallel_size": 4, "num_gpus": 4}, {"peft": "dora"}):
-        assert "adapter" not in names(**{"peft": "lora" if flags else None} | flags), flags
+        assert not {"adapter", "adapter kernels"} & names(**{"peft": "lora" if flags else None} | flags), flags
+    assert "adapter kernels" in names(peft="lora") and "adapter kernels" not in names(peft="lora", fp8=True)
 
 
 def test_each_setting_says_why_and_changes_something():
@@ -159,19 +161,24 @@ sys.path[:0] = [os.path.join(sys.argv[1], folder) for folder in ("benchmarks", "
 import nemo_tutorial.cpu
 import gpu, gpu_nemo, triton_interpreter
 import nemo_run as run
-from nemo_tutorial import kernels
+from nemo_tutorial import kernels, lora
 
 calls, add = [], kernels.add_gradient
 kernels.add_gradient = lambda *args: calls.append(add(*args))
-callbacks = [run.Config(kernels.GradientsInProduct), run.Config(kernels.FusedRoPE)]
-gpu_nemo.CHANGES["inside"] = lambda recipe: recipe.trainer.callbacks.extend(callbacks)
+callbacks = kernels.GradientsInProduct, kernels.FusedRoPE, lora.AddedInProduct, lora.AddedByKernels
+inside, adapters = [run.Config(callback) for callback in callbacks[:2]], [run.Config(each) for each in callbacks[2:]]
+gpu_nemo.CHANGES["inside"] = lambda recipe: recipe.trainer.callbacks.extend(inside)
+gpu_nemo.CHANGES["adapters"] = lambda recipe: recipe.trainer.callbacks.extend(adapters)
 pairs = [("tiny", "ours"), ("tiny", "ours+inside"), ("tiny-sft", "ours+packed"), ("tiny-sft", "ours+packed+inside")]
+pairs += [("tiny-lora", "ours"), ("tiny-lora", "ours+adapters")]
 for row, contestant in pairs:
     cell = {"warmup": 2, "lr": 1e-3, "layout": (1, 1, 1, 1), "data_seed": 1, "seed": 1, "profile": False}
     cell |= gpu.ROWS[row][0] | {"accelerator": "cpu", "contestant": contestant}
     if not os.fork():  # each has a process of its own; the import is shared
         os.chdir(tempfile.mkdtemp())
-        with triton_interpreter.rope():
+        if "adapters" in contestant:  # the sum that stays unfused on a CPU: its own compiled function is not called
+            del nemo_tutorial.cpu.NO_FUSION["bias_dropout_fusion"]
+        with triton_interpreter.imported("rope"), triton_interpreter.imported("lora_kernels"):
             found = gpu_nemo.measure(cell, gpu.tokenizer("."))
         print("found", len(calls), len(triton_interpreter.launched), *found["loss"], flush=True)
         os._exit(0)
@@ -189,9 +196,12 @@ def test_what_is_done_inside_products_and_in_one_pass():
     assert done.returncode == 0, done.stderr[-3000:]
     found = [list(map(float, line.split()[1:])) for line in done.stdout.splitlines() if line.startswith("found")]
     layers, linears = 2, 2 * 4 + 1  # of two layers and the output
-    for plain, changed, micro_batches in ((*found[:2], 6 * 4), (*found[2:], 3 * 8)):
-        (*before, outside), (calls, turned, inside) = ([*line[:2], line[2:]] for line in (plain, changed))
-        assert before == [0, 0] and calls == linears * micro_batches and turned == 2 * layers * micro_batches
+    adapters = 2 * layers * 4  # an A and a B each
+    rows = (*found[:2], 6 * 4, linears, 2), (*found[2:4], 3 * 8, linears, 2), (*found[4:], 6 * 4, adapters, 4)
+    for plain, changed, micro_batches, sums, kernels in rows:
+        (*before, outside), (calls, launched, inside) = ([*line[:2], line[2:]] for line in (plain, changed))
+        # There and back in each layer: what turns positions; or SwiGLU, and two sums with the residual.
+        assert before == [0, 0] and calls == sums * micro_batches and launched == kernels * layers * micro_batches
         assert inside == pytest.approx(outside, rel=1e-4)
         assert inside[-1] < inside[0]
 

@@ -10,7 +10,7 @@ pytestmark = pytest.mark.nemo
 
 @pytest.fixture
 def rope():
-    with triton_interpreter.rope() as module:
+    with triton_interpreter.imported("rope") as module:
         yield module
 
 

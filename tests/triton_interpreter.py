@@ -38,7 +38,7 @@ class Kernel:
         self.body = body
 
     def __getitem__(self, grid):
-        def launch(*args, num_warps):
+        def launch(*args, **options):
             launched.append(self.body.__name__)
             language.grid = grid
             self.body(*(Pointer(arg.view(-1)) if torch.is_tensor(arg) else arg for arg in args))
@@ -57,28 +57,42 @@ def store(pointer, value, mask=None):
     pointer.flat[at[mask]] = value.broadcast_to(at.shape)[mask]
 
 
+def program_id(axis):
+    """Of all programs: behind them as many dimensions as a program's own tensors have, one in a grid of one."""
+    grid = language.grid
+    return torch.arange(grid[axis]).view(*(-1 if i == axis else 1 for i in range(len(grid))), *[1] * len(grid))
+
+
+def dot(a, b, total=0.0):
+    return a.float() @ b.float() + total
+
+
 language = ModuleType("triton.language")
 language.constexpr, language.float32, language.int64 = object, torch.float32, torch.int64
 language.load, language.store, language.where, language.arange = load, store, torch.where, torch.arange
-language.program_id = lambda axis: torch.arange(language.grid[axis])[:, None]
+language.program_id, language.dot, language.trans = program_id, dot, lambda x: x.mT
+language.zeros = lambda shape, dtype: torch.zeros(shape, dtype=dtype)
+libdevice = SimpleNamespace(fast_expf=torch.exp, fast_dividef=lambda a, b: a / b)
 
 
 @contextlib.contextmanager
-def rope():
-    """nemo_tutorial.rope, imported with this as its Triton."""
-    for name in ("torch._dynamo.utils", "megatron.core.transformer.attention"):  # these look for the real one
-        importlib.import_module(name)
-    triton = ModuleType("triton")
-    triton.jit, triton.language = Kernel, language
+def imported(name):
+    """The module nemo_tutorial.`name`, imported with this as its Triton."""
+    name = f"nemo_tutorial.{name}"
+    for user in ("torch._dynamo.utils", "megatron.core.transformer.attention", "nemo.collections.llm"):
+        importlib.import_module(user)  # these look for the real one
+    triton, extra = ModuleType("triton"), ModuleType("triton.language.extra")
+    triton.jit, triton.language, extra.libdevice = Kernel, language, libdevice
     triton.next_power_of_2 = lambda number: 1 << (number - 1).bit_length()
-    before = {name: sys.modules.pop(name, None) for name in ("triton", "triton.language", "nemo_tutorial.rope")}
-    sys.modules |= {"triton": triton, "triton.language": language}
+    triton.cdiv = lambda a, b: -(-a // b)
+    ours = {"triton": triton, "triton.language": language, "triton.language.extra": extra}
+    before = {known: sys.modules.pop(known, None) for known in (*ours, name)}
+    sys.modules |= ours
     try:
-        module = importlib.import_module("nemo_tutorial.rope")
-        sys.modules |= {name: found for name, found in before.items() if found and name != "nemo_tutorial.rope"}
-        for name in ("triton", "triton.language"):
-            if not before[name]:
-                del sys.modules[name]
+        module = importlib.import_module(name)
+        for known in ours:
+            del sys.modules[known]
+        sys.modules |= {known: found for known, found in before.items() if found and known != name}
         yield module
     finally:
-        sys.modules.pop("nemo_tutorial.rope", None)
+        sys.modules.pop(name, None)
