@@ -572,13 +572,15 @@ def table(args):
 
 
 def parity(row, contestants):
-    """Mean difference of the loss to stock over steps 51-100, against what stock's with other weights differ by."""
+    """Mean difference of the loss to stock's of the same weights over steps 51-100; and by how much stock's differ."""
     found = {key.split(" @ ")[0]: cell["loss"][50:100] for key, cell in contestants.items() if "loss" in cell}
     if "stock" not in found:
         return
     print(f"\n{row}: loss of steps 51-100 less stock's: mean, and mean of the absolute differences")
     for name, losses in found.items():
-        pairs = list(zip(losses, found["stock"]))
+        seed = re.search(r" seed \d+$|$", name)[0]
+        same = "stock" if name.startswith("stock") else f"stock{seed}"
+        pairs = list(zip(losses, found.get(same, found["stock"])))
         mean = sum(a - b for a, b in pairs) / len(pairs)
         print(f"  {name:30} {mean:+.5f}  {sum(abs(a - b) for a, b in pairs) / len(pairs):.5f}")
     seeds = [statistics.mean(losses) for name, losses in found.items() if re.fullmatch(r"stock( seed [2-9])?", name)]
