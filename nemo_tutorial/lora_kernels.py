@@ -43,12 +43,11 @@ def linear(self, x, *args, **kwargs):
     return out, NotAdded(low, b, scale)
 
 
-def mlp(self, hidden_states, per_token_scale=None, **kwargs):
+def mlp(self, hidden_states, *args, **kwargs):
     """MLP's forward, by the kernels below where they compute the same: SwiGLU between two of LoRA's layers."""
     fc1, fc2, config = self.linear_fc1, self.linear_fc2, self.config
     if (
-        per_token_scale is not None
-        or kwargs
+        any(value is not None for value in (*args, *kwargs.values()))  # what an expert's tokens are scaled by
         or not is_ours(fc1, hidden_states)
         or not is_ours(fc2, hidden_states)
         or not lora.is_one_product(fc2.to_wrap)
@@ -57,7 +56,7 @@ def mlp(self, hidden_states, per_token_scale=None, **kwargs):
         or config.activation_func is not torch.nn.functional.silu
         or config.cpu_offloading
     ):
-        return STOCK(self, hidden_states, per_token_scale=per_token_scale, **kwargs)
+        return STOCK(self, hidden_states, *args, **kwargs)
     y, _, x = fc1.base_linear_forward(hidden_states)  # x: behind the norm
     (a1, b1, scale1), (a2, b2, scale2) = lora.low_rank(fc1), lora.low_rank(fc2)
     h, low = SwiGLU.apply(y, lora.Down.apply(x, a1), b1, scale1, a2)
@@ -75,8 +74,9 @@ def is_ours(layer, x):
 
 def residual_waits(config):
     """Whether a block's output goes from its last layer to the sum with the residual, and nowhere else."""
-    recomputed = config.recompute_modules if config.recompute_granularity == "selective" else ()
-    return config.bias_dropout_fusion and not config.hidden_dropout and set(recomputed or ()) <= {"core_attn"}
+    selective = config.recompute_granularity == "selective"
+    parts = getattr(config, "recompute_modules", None) if selective else None  # an older Megatron knows one part only
+    return config.bias_dropout_fusion and not config.hidden_dropout and set(parts or ()) <= {"core_attn"}
 
 
 def residual_sum_or(stock):

@@ -41,13 +41,19 @@ LLAMA31_8B = {
 }
 
 
-@pytest.fixture(autouse=True)
-def environment():
-    """What Megatron leaves in this process' environment: its choice of attention, and a port, which stays taken."""
+@contextlib.contextmanager
+def own_environment():
+    """Undoes what Megatron leaves in this process' environment: its choice of attention, a port, which stays taken."""
     before = dict(os.environ)
     yield
     for name in os.environ.keys() - before.keys():
         del os.environ[name]
+
+
+@pytest.fixture(autouse=True)
+def environment():
+    with own_environment():
+        yield
 
 
 @pytest.fixture(scope="session")

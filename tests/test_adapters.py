@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import triton_interpreter
 from conftest import ROOT, script, touching
 from test_families import CASES, make_model
 
@@ -125,34 +126,54 @@ def test_adapter_merged_and_in_peft(adapted, tmp_path, case, kind):
     assert not (tmp_path / "peft/config.json").exists() and (tmp_path / "peft/tokenizer.json").is_file()
 
 
-@pytest.mark.parametrize("case", ["llama3.2", "qwen2", "phi3-partial"])
-def test_added_in_the_product(adapted, monkeypatch, case):
-    """lora.py computes what NeMo's own layer does: the logits, and the gradients of every A and B."""
+@pytest.fixture
+def logits_and_gradients(adapted):
+    """make(case, targets) -> a NeMo model with adapters of random values, and a function: its logits and gradients."""
     import torch
-    from megatron.core.utils import get_model_config
-    from nemo.collections.llm import peft
+    from nemo.collections import llm
+
+    from nemo_tutorial import conversion
+
+    def make(case, targets=models.LINEAR):
+        _, base, _, tokens, *_ = adapted(case, "LoRA")
+        model, trainer = conversion.exporter(base).nemo_load(base, conversion.alone(**conversion.LOADING))
+        model.trainer = trainer
+        llm.peft.LoRA(dim=4, alpha=12, dropout=0.0, target_modules=list(targets))(model)
+        torch.manual_seed(2)
+        for name, parameter in model.named_parameters():
+            if ".adapter." in name:
+                torch.nn.init.normal_(parameter, std=1 / 8).requires_grad_()
+        mask = torch.ones(24, 24).tril().logical_not()[None, None]
+        assert model.config.params_dtype == torch.float32
+
+        def run():
+            model.zero_grad()
+            logits = model(tokens, torch.arange(24)[None], attention_mask=mask)
+            logits.square().mean().backward()
+            return logits.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+        return model, run
+
+    return make
+
+
+def assert_near(ours, theirs):
+    (found, gradients), (expected, wanted) = ours, theirs
+    assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
+    assert gradients.keys() == wanted.keys() and all(".adapter." in name for name in gradients)
+    for name, gradient in wanted.items():
+        assert (gradients[name] - gradient).abs().max() < 1e-4 * gradient.abs().max() > 0, name
+
+
+@pytest.mark.parametrize("case", ["llama3.2", "qwen2", "phi3-partial"])
+def test_added_in_the_product(logits_and_gradients, monkeypatch, case):
+    """lora.py computes what NeMo's own layer does: the logits, and the gradients of every A and B."""
     from nemo.collections.llm.peft.lora import LoRALinear
 
-    from nemo_tutorial import conversion, lora
+    from nemo_tutorial import lora
 
-    _, base, _, tokens, *_ = adapted(case, "LoRA")
-    model, trainer = conversion.exporter(base).nemo_load(base, conversion.alone(**conversion.LOADING))
-    model.trainer = trainer
-    peft.LoRA(dim=4, alpha=12, dropout=0.0)(model)
-    torch.manual_seed(2)
-    for name, parameter in model.named_parameters():
-        if ".adapter." in name:
-            torch.nn.init.normal_(parameter, std=1 / 8).requires_grad_()
-    mask = torch.ones(24, 24).tril().logical_not()[None, None]
-    assert get_model_config(model).params_dtype == torch.float32
-
-    def run():
-        model.zero_grad()
-        logits = model(tokens, torch.arange(24)[None], attention_mask=mask)
-        logits.square().mean().backward()
-        return logits.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-    expected, gradients = run()
+    model, run = logits_and_gradients(case)
+    expected = run()
     called = []
     for function in (lora.Down, lora.FrozenAndDown):
 
@@ -163,14 +184,47 @@ def test_added_in_the_product(adapted, monkeypatch, case):
         monkeypatch.setattr(function, "apply", counted)
     monkeypatch.setattr(LoRALinear, "forward", LoRALinear.forward)  # put back after the test
     lora.AddedInProduct().setup(None, None, "fit")
-    found, ours = run()
+    found = run()
     assert len(called) == sum(isinstance(module, LoRALinear) for module in model.modules()) > 0
     # Without Transformer Engine no layer has a norm inside it; Qwen 2 has biases.
     assert (lora.Down in called) == (case == "qwen2") and lora.FrozenAndDown in called
-    assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
-    assert ours.keys() == gradients.keys() and all(".adapter." in name for name in ours)
-    for name, gradient in gradients.items():
-        assert (ours[name] - gradient).abs().max() < 1e-4 * gradient.abs().max() > 0, name
+    assert_near(found, expected)
+
+
+@pytest.mark.parametrize("targets", [models.LINEAR, ["linear_fc2"], ["linear_fc1", "linear_proj"]], ids=str)
+@pytest.mark.parametrize("training", [True, False])
+def test_added_by_kernels(logits_and_gradients, monkeypatch, targets, training):
+    """lora_kernels.py too, whichever layers have an adapter; its kernels by Triton's stand-in."""
+    import torch
+    from megatron.core.fusions import fused_bias_dropout
+    from megatron.core.transformer.mlp import MLP
+    from nemo.collections.llm.peft.lora import LoRALinear
+
+    from nemo_tutorial import lora
+
+    model, run = logits_and_gradients("llama3.2", targets)
+    model.train(training)
+    expected = run()
+    for owner, name in [
+        (LoRALinear, "forward"),
+        (MLP, "forward"),
+        (fused_bias_dropout, "bias_dropout_add_fused_train"),
+        (fused_bias_dropout, "bias_dropout_add_fused_inference"),
+    ]:
+        unfused = fused_bias_dropout.bias_dropout_add_unfused(training)  # the fused one is compiled at its first call
+        monkeypatch.setattr(owner, name, unfused if owner is fused_bias_dropout else getattr(owner, name))
+    for module in model.modules():
+        if hasattr(module, "config"):
+            monkeypatch.setattr(module.config, "bias_dropout_fusion", True)
+    with triton_interpreter.imported("lora_kernels") as kernels:
+        monkeypatch.setattr(kernels, "HALF", [torch.float32])
+        triton_interpreter.launched.clear()
+        lora.AddedByKernels().setup(None, model, "fit")
+        found = run()
+    layers, both = model.config.num_layers, {"linear_fc1", "linear_fc2"} <= set(targets)
+    last = sum(name in targets for name in ("linear_proj", "linear_fc2"))
+    assert len(triton_interpreter.launched) == layers * (last + 2 * both)
+    assert_near(found, expected)
 
 
 def test_dora_with_biases_is_merged_and_not_exported(adapted, tmp_path):

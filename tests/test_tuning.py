@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from conftest import script
+from conftest import own_environment, script
 
 pytestmark = pytest.mark.nemo
 LENGTHS = (7, 12, 9)  # of three samples in a pack of 32: its last 4 places are padding
@@ -23,7 +23,8 @@ def model(stages):
     from nemo_tutorial import conversion, cpu  # noqa: F401  (cpu: Megatron without a GPU)
 
     trainer = conversion.alone(**conversion.LOADING)
-    nemo, _ = conversion.exporter(stages / "nemo_ckpt/tiny").nemo_load(stages / "nemo_ckpt/tiny", trainer)
+    with own_environment():
+        nemo, _ = conversion.exporter(stages / "nemo_ckpt/tiny").nemo_load(stages / "nemo_ckpt/tiny", trainer)
     nemo = nemo.eval().float()
     for module in nemo.modules():
         if hasattr(module, "mask_func"):  # the softmax knows what it was built for
