@@ -151,7 +151,7 @@ def kernels(profiler):
             counts[name] = counts.get(name, 0) + 1
     found = list(gaps(work, start, end))
     long = sorted(((round(gap / 1e3, 3), where) for gap, where in found), reverse=True)
-    longest = sorted(names.items(), key=lambda item: -item[1])[:25]
+    longest = sorted(names.items(), key=lambda item: -item[1])[:60]
     return {
         "step_ms": round((end - start) / 2e3, 2),
         "idle": round(sum(gap for gap, _ in found) / (end - start), 4),

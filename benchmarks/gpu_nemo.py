@@ -251,6 +251,12 @@ def lora_norm(recipe):
     fold_norm()
 
 
+def lora_joined(recipe):
+    from gpu_trials import join_products
+
+    join_products()
+
+
 def cuda_graphs(recipe):
     config(cuda_graph_impl="local", use_te_rng_tracker=True)(recipe)
     recipe.trainer.strategy.use_te_rng_tracker = True
@@ -319,6 +325,7 @@ CHANGES = {
     "fuser": config(use_transformer_engine_op_fuser=True),
     "lora_fuser": lora_fuser,
     "lora_norm": lora_norm,
+    "lora_joined": lora_joined,
     "graphs": cuda_graphs,
     "recompute_selective": config(recompute_granularity="selective", recompute_modules=["core_attn"]),
     "recompute_norm": config(recompute_granularity="selective", recompute_modules=["layernorm"]),

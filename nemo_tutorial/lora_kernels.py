@@ -121,9 +121,9 @@ class SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, y, low, b, scale, a):
         ctx.scale, shape = scale, y.shape
-        y = y.reshape(-1, shape[-1])
+        y = y.reshape(-1, shape[-1]).contiguous()
         h = y.new_empty(len(y), shape[-1] // 2)
-        down = _launch(swiglu_kernel, y, low, b, a, (h,), scale, len(a))
+        down = launch(swiglu_kernel, y, low, b, a, (h,), scale, len(a))
         h = h.view(*shape[:-1], -1)
         ctx.save_for_backward(y, low, b, a, h)
         return h, down
@@ -132,21 +132,25 @@ class SwiGLU(torch.autograd.Function):
     def backward(ctx, grad_h, grad_down):
         y, low, b, a, h = ctx.saved_tensors
         grad_y = torch.empty_like(y)
-        grad_low = _launch(swiglu_gradient_kernel, y, low, b, a, (grad_h, grad_down, grad_y), ctx.scale, len(b[0]))
+        grads = grad_h.contiguous(), grad_down.contiguous(), grad_y
+        grad_low = launch(swiglu_gradient_kernel, y, low, b, a, grads, ctx.scale, len(b[0]))
         grad_b, grad_a = lora.gradient(b, grad_y, low, ctx.scale), lora.gradient(a, grad_down, h.flatten(0, -2))
         return grad_y.view(*h.shape[:-1], -1), grad_low, grad_b, None, grad_a
 
 
-def _launch(kernel, y, low, b, a, tensors, scale, rank):
-    """Run a kernel of SwiGLU over all of y (t, 2 k); the sum (t, rank) of what its programs return, in y's dtype."""
+def launch(kernel, y, low, b, a, tensors, scale, rank):
+    """Run a kernel of SwiGLU over all of y (t, 2 k); the sum (t, rank) of what its programs return, in y's dtype.
+
+    Rows of y, which may be longer, and of its gradient are equally far apart, those of the other tensors one another's
+    neighbours.
+    """
     tokens, width = len(y), y.shape[1] // 2
     sums = torch.empty(PARTS, tokens, rank, dtype=torch.float32, device=y.device)
     ranks = low.shape[1], len(a)
     steps = triton.cdiv(triton.cdiv(width, COLUMNS), PARTS)
-    tensors = [tensor.contiguous() for tensor in (y, low, b, a, *tensors)]
-    kernel[triton.cdiv(tokens, ROWS), PARTS](
-        *tensors, sums, tokens, scale, width, *ranks, *map(_tile, ranks), ROWS, COLUMNS, steps, **OPTIONS
-    )
+    strides = y.stride(0), low.stride(0)
+    sizes = *strides, width, *ranks, *map(_tile, ranks), ROWS, COLUMNS, steps
+    kernel[triton.cdiv(tokens, ROWS), PARTS](y, low, b, a, *tensors, sums, tokens, scale, *sizes, **OPTIONS)
     return sums.sum(0).to(y.dtype)
 
 
@@ -191,6 +195,8 @@ def swiglu_kernel(
     sums,
     tokens,
     scale,
+    stride: tl.constexpr,  # of y's rows, and of grad_y's
+    low_stride: tl.constexpr,
     width: tl.constexpr,
     rank1: tl.constexpr,
     rank2: tl.constexpr,
@@ -204,11 +210,11 @@ def swiglu_kernel(
     row = tl.program_id(0).to(tl.int64) * rows + tl.arange(0, rows)[:, None]
     part = tl.program_id(1)
     r1, r2 = tl.arange(0, ranks1), tl.arange(0, ranks2)
-    left = tl.load(low + row * rank1 + r1[None, :], (row < tokens) & (r1[None, :] < rank1), 0.0)
+    left = tl.load(low + row * low_stride + r1[None, :], (row < tokens) & (r1[None, :] < rank1), 0.0)
     total = tl.zeros((rows, ranks2), tl.float32)
     for step in range(steps):
         column = (part * steps + step) * columns + tl.arange(0, columns)[None, :]
-        inside, at = (row < tokens) & (column < width), row * (2 * width) + column
+        inside, at = (row < tokens) & (column < width), row * stride + column
         of_b = (r1[:, None] < rank1) & (column < width)
         gate_b = tl.load(b + column * rank1 + r1[:, None], of_b, 0.0)
         up_b = tl.load(b + (column + width) * rank1 + r1[:, None], of_b, 0.0)
@@ -233,6 +239,8 @@ def swiglu_gradient_kernel(
     sums,
     tokens,
     scale,
+    stride: tl.constexpr,  # of y's rows, and of grad_y's
+    low_stride: tl.constexpr,
     width: tl.constexpr,
     rank1: tl.constexpr,
     rank2: tl.constexpr,
@@ -246,12 +254,12 @@ def swiglu_gradient_kernel(
     row = tl.program_id(0).to(tl.int64) * rows + tl.arange(0, rows)[:, None]
     part = tl.program_id(1)
     r1, r2 = tl.arange(0, ranks1), tl.arange(0, ranks2)
-    left = tl.load(low + row * rank1 + r1[None, :], (row < tokens) & (r1[None, :] < rank1), 0.0)
+    left = tl.load(low + row * low_stride + r1[None, :], (row < tokens) & (r1[None, :] < rank1), 0.0)
     below = tl.load(grad_down + row * rank2 + r2[None, :], (row < tokens) & (r2[None, :] < rank2), 0.0)
     total = tl.zeros((rows, ranks1), tl.float32)
     for step in range(steps):
         column = (part * steps + step) * columns + tl.arange(0, columns)[None, :]
-        inside, at = (row < tokens) & (column < width), row * (2 * width) + column
+        inside, at = (row < tokens) & (column < width), row * stride + column
         of_b = (r1[:, None] < rank1) & (column < width)
         gate_b = tl.load(b + column * rank1 + r1[:, None], of_b, 0.0)
         up_b = tl.load(b + (column + width) * rank1 + r1[:, None], of_b, 0.0)

@@ -33,6 +33,11 @@ class Pointer:
         return at, mask
 
 
+def flat(tensor):
+    """From its first number to its last, and what lies between its rows."""
+    return tensor.as_strided((1 + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride())),), (1,))
+
+
 class Kernel:
     def __init__(self, body):
         self.body = body
@@ -41,7 +46,7 @@ class Kernel:
         def launch(*args, **options):
             launched.append(self.body.__name__)
             language.grid = grid
-            self.body(*(Pointer(arg.view(-1)) if torch.is_tensor(arg) else arg for arg in args))
+            self.body(*(Pointer(flat(arg)) if torch.is_tensor(arg) else arg for arg in args))
 
         return launch
 
