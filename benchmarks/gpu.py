@@ -167,6 +167,11 @@ ROWS = {
         {"model": "1b", "kind": "pretrain", "seq": 2048, "gbs": 8, "steps": 98, "warmup": 2, "lr": 1e-5},
         ("stock", "stock+mbs2", "stock+mbs4", "stock seed 2", "stock seed 3", "ours", "ours+mbs2", "ours+mbs2+lean"),
     ),
+    # Of LoRA. NeMo rounds a layer's output before it adds an adapter's part, of which a small one is lost then.
+    "parity-lora": (
+        {"model": "1b", "kind": "lora", "seq": 2048, "gbs": 8, "steps": 98, "warmup": 2, "lr": 1e-4},
+        ("stock", "stock seed 2", "stock seed 3", "ours", "ours-adapter_kernels", "ours seed 2", "ours seed 3"),
+    ),
     # Instruction rows, packed and padded: tokens that are no padding.
     "sft-packed": (
         {"model": "1b", "kind": "sft", "seq": 4096, "gbs": 8},
@@ -564,7 +569,7 @@ def table(args):
                 waits = "" if between is None else f", {between} of them idle between steps"
                 print(f"  {key.split(' @ ')[0]}: {profile['classes_ms']} of {profile['step_ms']} ms{waits}")
     # Before 2026-11-29 the tokens were independent of one another; on that day the rate was ten times today's.
-    for row in ("iid-parity", "lr3e-4-parity", "parity", "parity-slow"):
+    for row in ("iid-parity", "lr3e-4-parity", "parity", "parity-slow", "parity-lora"):
         parity(row, results["rows"].get(row, {}))
     layout_parity(results)
     if args.plot:

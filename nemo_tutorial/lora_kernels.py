@@ -1,7 +1,8 @@
 """What LoRA adds to the widest tensors of a layer and to a block's output, added by kernels that read those anyway.
 
 Kernels of our own, in Triton: SwiGLU's, which also makes the narrow products of the adapters around it, and the sum
-with the residual. In passes of its own (lora.py) that takes 5 % of a step: benchmarks/README.md.
+with the residual. In passes of its own (lora.py) that takes 5 % of a step, and what is small against a layer's output
+is lost, which is rounded before the adapter's part is added, as NeMo does: benchmarks/README.md.
 """
 
 from typing import NamedTuple

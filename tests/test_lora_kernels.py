@@ -107,3 +107,33 @@ def test_what_is_not_added_waits_only_where_megatron_adds_it(lora_kernels):
     assert waits() and waits(recompute_granularity="selective") and waits(recompute_granularity="full")
     assert not waits(hidden_dropout=0.1) and not waits(bias_dropout_fusion=False)
     assert not waits(recompute_granularity="selective", recompute_modules=["core_attn", "mlp"])
+
+
+def test_a_small_adapter_is_not_lost(lora_kernels):
+    """A layer's output is rounded before NeMo adds the adapter's part, of which half or more is lost at first."""
+    import torch
+    from torch.nn.functional import silu
+
+    from nemo_tutorial import lora
+
+    y, x, a, b, _, a2, *_ = tensors((256, 128, 384, 128, 16, 16), torch.bfloat16)
+    y, x, a, a2, none = y.detach(), x.detach(), a.detach(), a2.detach(), torch.zeros_like(b)
+    b = (b.detach() * 4e-4).contiguous()  # about 1e-4, as after a step or two of that rate
+
+    def swiglu(y):
+        gate, up = y.chunk(2, -1)
+        return silu(gate) * up
+
+    def exact(b):
+        return swiglu(y.double() + 2 * (x.double() @ a.double().T) @ b.double().T)
+
+    def by_kernels(b):
+        return lora_kernels.SwiGLU.apply(y, lora.Down.apply(x, a), b, 2.0, a2)[0].double()
+
+    def as_nemo(b):
+        return swiglu(lora.Up.apply(y.clone(), lora.Down.apply(x, a), b, 2.0).float()).bfloat16().double()
+
+    effect = exact(b) - exact(none)
+    for function, least, most in ((by_kernels, 0.95, 1.05), (as_nemo, 0, 0.6)):
+        share = ((function(b) - function(none)) * effect).sum() / effect.square().sum()
+        assert least < share < most, function
