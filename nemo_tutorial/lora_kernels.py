@@ -37,11 +37,10 @@ def linear(self, x, *args, **kwargs):
     """LoRALinear's forward; the last layer of a block leaves its adapter's part to the sum with the residual."""
     base = self.to_wrap
     last = isinstance(base, RowParallelLinear) or getattr(base, "parallel_mode", None) == "row"
-    if not (last and is_ours(self, x) and lora.is_one_product(base) and residual_waits(base.config)):
+    if not (last and is_ours(self, x) and lora.is_one_product(base)):
         return lora.forward(self, x, *args, **kwargs)
     a, b, scale = lora.low_rank(self)
-    out, low = lora.FrozenAndDown.apply(x, base.weight, a)
-    return out, NotAdded(low, b, scale)
+    return finished(*lora.FrozenAndDown.apply(x, base.weight, a), b, scale, base.config)
 
 
 def mlp(self, hidden_states, *args, **kwargs):
@@ -61,10 +60,14 @@ def mlp(self, hidden_states, *args, **kwargs):
     y, _, x = fc1.base_linear_forward(hidden_states)  # x: behind the norm
     (a1, b1, scale1), (a2, b2, scale2) = lora.low_rank(fc1), lora.low_rank(fc2)
     h, low = SwiGLU.apply(y, lora.Down.apply(x, a1), b1, scale1, a2)
-    out = torch.nn.functional.linear(h, fc2.to_wrap.weight)
+    return finished(torch.nn.functional.linear(h, fc2.to_wrap.weight), low, b2, scale2, config)
+
+
+def finished(out, low, b, scale, config):
+    """A block's output and, where Megatron has a bias, what the sum with the residual is to add."""
     if residual_waits(config):
-        return out, NotAdded(low, b2, scale2)
-    return lora.Up.apply(out, low, b2, scale2), None
+        return out, NotAdded(low, b, scale)
+    return lora.Up.apply(out, low, b, scale), None
 
 
 def is_ours(layer, x):
@@ -161,6 +164,25 @@ def _tile(rank):
 
 
 @triton.jit
+def narrow(pointer, row, stride, tokens, r, rank):
+    """Rows of a tensor (tokens, rank); past its ends 0."""
+    r = r[None, :]
+    return tl.load(pointer + row * stride + r, (row < tokens) & (r < rank), 0.0)
+
+
+@triton.jit
+def with_adapter(y, left, b, scale, at, inside, column, width, r, rank):
+    """Tiles of y + scale low b^T in float32, of the gate and of what it is multiplied by, and those of b^T."""
+    r = r[:, None]
+    known = (r < rank) & (column < width)
+    gate_b = tl.load(b + column * rank + r, known, 0.0)
+    up_b = tl.load(b + (column + width) * rank + r, known, 0.0)
+    gate = tl.load(y + at, inside, 0.0).to(tl.float32) + scale * tl.dot(left, gate_b)
+    up = tl.load(y + at + width, inside, 0.0).to(tl.float32) + scale * tl.dot(left, up_b)
+    return gate, up, gate_b, up_b
+
+
+@triton.jit
 def residual_kernel(
     out,
     low,
@@ -179,7 +201,7 @@ def residual_kernel(
     column = tl.program_id(1) * columns + tl.arange(0, columns)[None, :]
     r = tl.arange(0, ranks)
     inside, at = (row < tokens) & (column < width), row * width + column
-    left = tl.load(low + row * rank + r[None, :], (row < tokens) & (r[None, :] < rank), 0.0)
+    left = narrow(low, row, rank, tokens, r, rank)
     right = tl.load(b + column * rank + r[:, None], (r[:, None] < rank) & (column < width), 0.0)
     total = tl.load(out + at, inside, 0.0).to(tl.float32) + tl.load(residual + at, inside, 0.0).to(tl.float32)
     total += scale * tl.dot(left, right)
@@ -211,16 +233,12 @@ def swiglu_kernel(
     row = tl.program_id(0).to(tl.int64) * rows + tl.arange(0, rows)[:, None]
     part = tl.program_id(1)
     r1, r2 = tl.arange(0, ranks1), tl.arange(0, ranks2)
-    left = tl.load(low + row * low_stride + r1[None, :], (row < tokens) & (r1[None, :] < rank1), 0.0)
+    left = narrow(low, row, low_stride, tokens, r1, rank1)
     total = tl.zeros((rows, ranks2), tl.float32)
     for step in range(steps):
         column = (part * steps + step) * columns + tl.arange(0, columns)[None, :]
         inside, at = (row < tokens) & (column < width), row * stride + column
-        of_b = (r1[:, None] < rank1) & (column < width)
-        gate_b = tl.load(b + column * rank1 + r1[:, None], of_b, 0.0)
-        up_b = tl.load(b + (column + width) * rank1 + r1[:, None], of_b, 0.0)
-        gate = tl.load(y + at, inside, 0.0).to(tl.float32) + scale * tl.dot(left, gate_b)
-        up = tl.load(y + at + width, inside, 0.0).to(tl.float32) + scale * tl.dot(left, up_b)
+        gate, up, _, _ = with_adapter(y, left, b, scale, at, inside, column, width, r1, rank1)
         made = (libdevice.fast_dividef(gate, 1 + libdevice.fast_expf(-gate)) * up).to(h.dtype.element_ty)
         tl.store(h + row * width + column, made, inside)
         right = tl.load(a + r2[:, None] * width + column, (r2[:, None] < rank2) & (column < width), 0.0)
@@ -255,17 +273,13 @@ def swiglu_gradient_kernel(
     row = tl.program_id(0).to(tl.int64) * rows + tl.arange(0, rows)[:, None]
     part = tl.program_id(1)
     r1, r2 = tl.arange(0, ranks1), tl.arange(0, ranks2)
-    left = tl.load(low + row * low_stride + r1[None, :], (row < tokens) & (r1[None, :] < rank1), 0.0)
-    below = tl.load(grad_down + row * rank2 + r2[None, :], (row < tokens) & (r2[None, :] < rank2), 0.0)
+    left = narrow(low, row, low_stride, tokens, r1, rank1)
+    below = narrow(grad_down, row, rank2, tokens, r2, rank2)
     total = tl.zeros((rows, ranks1), tl.float32)
     for step in range(steps):
         column = (part * steps + step) * columns + tl.arange(0, columns)[None, :]
         inside, at = (row < tokens) & (column < width), row * stride + column
-        of_b = (r1[:, None] < rank1) & (column < width)
-        gate_b = tl.load(b + column * rank1 + r1[:, None], of_b, 0.0)
-        up_b = tl.load(b + (column + width) * rank1 + r1[:, None], of_b, 0.0)
-        gate = tl.load(y + at, inside, 0.0).to(tl.float32) + scale * tl.dot(left, gate_b)
-        up = tl.load(y + at + width, inside, 0.0).to(tl.float32) + scale * tl.dot(left, up_b)
+        gate, up, gate_b, up_b = with_adapter(y, left, b, scale, at, inside, column, width, r1, rank1)
         right = tl.load(a + r2[:, None] * width + column, (r2[:, None] < rank2) & (column < width), 0.0)
         # Not as a sum: Triton would begin the product with what is loaded, and not load that ahead.
         grad = tl.dot(below, right) - (-tl.load(grad_h + row * width + column, inside, 0.0).to(tl.float32))

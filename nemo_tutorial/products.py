@@ -32,9 +32,9 @@ def _product(into):
     """
 
     def product(*tensors, **scales):
-        if all(tensor.dtype is torch.bfloat16 for tensor in tensors):
-            tensors = [tensor.float() for tensor in tensors]
-            return into(*tensors, **scales, out=tensors[0].new_empty(0)).bfloat16()
-        return into(*tensors, **scales, out=tensors[0].new_empty(0))
+        rounded = all(tensor.dtype is torch.bfloat16 for tensor in tensors)
+        tensors = [tensor.float() for tensor in tensors] if rounded else tensors
+        result = into(*tensors, **scales, out=tensors[0].new_empty(0))
+        return result.bfloat16() if rounded else result
 
     return product
