@@ -245,16 +245,10 @@ def lora_fuser(recipe):
     recipe.trainer.callbacks.append(run.Config(FuseLoRA))
 
 
-def lora_norm(recipe):
-    from gpu_trials import fold_norm
+def idle(recipe):
+    from gpu_trials import Idle
 
-    fold_norm()
-
-
-def lora_joined(recipe):
-    from gpu_trials import join_products
-
-    join_products()
+    recipe.trainer.callbacks.append(run.Config(Idle))
 
 
 def cuda_graphs(recipe):
@@ -320,12 +314,11 @@ CHANGES = {
     "no_progress": without("Progress"),
     "no_guard": without("LossGuard"),
     "quiet": without("Progress", "TimingCallback"),
+    "idle": idle,
     "segments": environment(PYTORCH_CUDA_ALLOC_CONF="expandable_segments:True"),
     "connections": environment(CUDA_DEVICE_MAX_CONNECTIONS="8"),
     "fuser": config(use_transformer_engine_op_fuser=True),
     "lora_fuser": lora_fuser,
-    "lora_norm": lora_norm,
-    "lora_joined": lora_joined,
     "graphs": cuda_graphs,
     "recompute_selective": config(recompute_granularity="selective", recompute_modules=["core_attn"]),
     "recompute_norm": config(recompute_granularity="selective", recompute_modules=["layernorm"]),

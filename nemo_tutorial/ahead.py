@@ -26,7 +26,9 @@ class RunAhead(Callback):
     def setup(self, trainer, pl_module, stage):
         if compat.replace(megatron_optimizer, "clip_grad_by_total_norm_fp32", clip):  # which takes either kind of norm
             compat.replace(megatron_optimizer, "get_grad_norm_fp32", gradient_norm)
-        compat.replace(Buckets, "check_grads", keep_norms)
+        # A rank alone has one norm: that for clipping, which callbacks.LossGuard looks at as well.
+        alone = trainer.world_size == 1 and pl_module.optim.config.clip_grad > 0
+        compat.replace(Buckets, "check_grads", leave_to_clipping if alone else keep_norms)
         compat.replace(MaskedTokenLossReduction, "reduce", reduced_loss)
         self.waiting, connector = None, trainer._logger_connector
         stock = connector.log_metrics
@@ -99,6 +101,12 @@ def keep_norms(self, check_for_nan_or_inf, check_for_large):
         STOCK_CHECK(self, check_for_nan_or_inf, check_for_large)
     elif check_for_nan_or_inf:
         _norms.extend(bucket.grad_data.norm(p=2) for bucket in self.buckets)
+
+
+def leave_to_clipping(self, check_for_nan_or_inf, check_for_large):
+    """_ParamAndGradBucketGroup's check_grads, where the norm of the same gradients is looked at in any case."""
+    if check_for_large:
+        STOCK_CHECK(self, check_for_nan_or_inf, check_for_large)
 
 
 def own_gradients():

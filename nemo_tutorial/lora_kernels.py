@@ -127,7 +127,7 @@ class SwiGLU(torch.autograd.Function):
         ctx.scale, shape = scale, y.shape
         y = y.reshape(-1, shape[-1]).contiguous()
         h = y.new_empty(len(y), shape[-1] // 2)
-        down = launch(swiglu_kernel, y, low, b, a, (h,), scale, len(a))
+        down = _launch(swiglu_kernel, y, low, b, a, (h,), scale, len(a))
         h = h.view(*shape[:-1], -1)
         ctx.save_for_backward(y, low, b, a, h)
         return h, down
@@ -136,25 +136,21 @@ class SwiGLU(torch.autograd.Function):
     def backward(ctx, grad_h, grad_down):
         y, low, b, a, h = ctx.saved_tensors
         grad_y = torch.empty_like(y)
-        grads = grad_h.contiguous(), grad_down.contiguous(), grad_y
-        grad_low = launch(swiglu_gradient_kernel, y, low, b, a, grads, ctx.scale, len(b[0]))
+        grads = grad_h, grad_down, grad_y
+        grad_low = _launch(swiglu_gradient_kernel, y, low, b, a, grads, ctx.scale, len(b[0]))
         grad_b, grad_a = lora.gradient(b, grad_y, low, ctx.scale), lora.gradient(a, grad_down, h.flatten(0, -2))
         return grad_y.view(*h.shape[:-1], -1), grad_low, grad_b, None, grad_a
 
 
-def launch(kernel, y, low, b, a, tensors, scale, rank):
-    """Run a kernel of SwiGLU over all of y (t, 2 k); the sum (t, rank) of what its programs return, in y's dtype.
-
-    Rows of y, which may be longer, and of its gradient are equally far apart, those of the other tensors one another's
-    neighbours.
-    """
+def _launch(kernel, y, low, b, a, tensors, scale, rank):
+    """Run a kernel of SwiGLU over all of y (t, 2 k); the sum (t, rank) of what its programs return, in y's dtype."""
     tokens, width = len(y), y.shape[1] // 2
     sums = torch.empty(PARTS, tokens, rank, dtype=torch.float32, device=y.device)
     ranks = low.shape[1], len(a)
     steps = triton.cdiv(triton.cdiv(width, COLUMNS), PARTS)
-    strides = y.stride(0), low.stride(0)
-    sizes = *strides, width, *ranks, *map(_tile, ranks), ROWS, COLUMNS, steps
-    kernel[triton.cdiv(tokens, ROWS), PARTS](y, low, b, a, *tensors, sums, tokens, scale, *sizes, **OPTIONS)
+    tensors = [tensor.contiguous() for tensor in (y, low, b, a, *tensors)]
+    sizes = width, *ranks, *map(_tile, ranks), ROWS, COLUMNS, steps
+    kernel[triton.cdiv(tokens, ROWS), PARTS](*tensors, sums, tokens, scale, *sizes, **OPTIONS)
     return sums.sum(0).to(y.dtype)
 
 
@@ -164,10 +160,10 @@ def _tile(rank):
 
 
 @triton.jit
-def narrow(pointer, row, stride, tokens, r, rank):
+def narrow(pointer, row, tokens, r, rank):
     """Rows of a tensor (tokens, rank); past its ends 0."""
     r = r[None, :]
-    return tl.load(pointer + row * stride + r, (row < tokens) & (r < rank), 0.0)
+    return tl.load(pointer + row * rank + r, (row < tokens) & (r < rank), 0.0)
 
 
 @triton.jit
@@ -201,7 +197,7 @@ def residual_kernel(
     column = tl.program_id(1) * columns + tl.arange(0, columns)[None, :]
     r = tl.arange(0, ranks)
     inside, at = (row < tokens) & (column < width), row * width + column
-    left = narrow(low, row, rank, tokens, r, rank)
+    left = narrow(low, row, tokens, r, rank)
     right = tl.load(b + column * rank + r[:, None], (r[:, None] < rank) & (column < width), 0.0)
     total = tl.load(out + at, inside, 0.0).to(tl.float32) + tl.load(residual + at, inside, 0.0).to(tl.float32)
     total += scale * tl.dot(left, right)
@@ -218,8 +214,6 @@ def swiglu_kernel(
     sums,
     tokens,
     scale,
-    stride: tl.constexpr,  # of y's rows, and of grad_y's
-    low_stride: tl.constexpr,
     width: tl.constexpr,
     rank1: tl.constexpr,
     rank2: tl.constexpr,
@@ -233,11 +227,11 @@ def swiglu_kernel(
     row = tl.program_id(0).to(tl.int64) * rows + tl.arange(0, rows)[:, None]
     part = tl.program_id(1)
     r1, r2 = tl.arange(0, ranks1), tl.arange(0, ranks2)
-    left = narrow(low, row, low_stride, tokens, r1, rank1)
+    left = narrow(low, row, tokens, r1, rank1)
     total = tl.zeros((rows, ranks2), tl.float32)
     for step in range(steps):
         column = (part * steps + step) * columns + tl.arange(0, columns)[None, :]
-        inside, at = (row < tokens) & (column < width), row * stride + column
+        inside, at = (row < tokens) & (column < width), row * (2 * width) + column
         gate, up, _, _ = with_adapter(y, left, b, scale, at, inside, column, width, r1, rank1)
         made = (libdevice.fast_dividef(gate, 1 + libdevice.fast_expf(-gate)) * up).to(h.dtype.element_ty)
         tl.store(h + row * width + column, made, inside)
@@ -258,8 +252,6 @@ def swiglu_gradient_kernel(
     sums,
     tokens,
     scale,
-    stride: tl.constexpr,  # of y's rows, and of grad_y's
-    low_stride: tl.constexpr,
     width: tl.constexpr,
     rank1: tl.constexpr,
     rank2: tl.constexpr,
@@ -273,12 +265,12 @@ def swiglu_gradient_kernel(
     row = tl.program_id(0).to(tl.int64) * rows + tl.arange(0, rows)[:, None]
     part = tl.program_id(1)
     r1, r2 = tl.arange(0, ranks1), tl.arange(0, ranks2)
-    left = narrow(low, row, low_stride, tokens, r1, rank1)
-    below = narrow(grad_down, row, rank2, tokens, r2, rank2)
+    left = narrow(low, row, tokens, r1, rank1)
+    below = narrow(grad_down, row, tokens, r2, rank2)
     total = tl.zeros((rows, ranks1), tl.float32)
     for step in range(steps):
         column = (part * steps + step) * columns + tl.arange(0, columns)[None, :]
-        inside, at = (row < tokens) & (column < width), row * stride + column
+        inside, at = (row < tokens) & (column < width), row * (2 * width) + column
         gate, up, gate_b, up_b = with_adapter(y, left, b, scale, at, inside, column, width, r1, rank1)
         right = tl.load(a + r2[:, None] * width + column, (r2[:, None] < rank2) & (column < width), 0.0)
         # Not as a sum: Triton would begin the product with what is loaded, and not load that ahead.

@@ -41,6 +41,13 @@ SETTINGS = [
         callback="kernels.CrossEntropy",
     ),
     Setting(
+        "answers",
+        "in fine-tuning, logits of the tokens alone that have a loss: a prompt's and the padding's are of no use",
+        lambda args: hasattr(args, "packing") and args.tensor_model_parallel_size * args.context_parallel_size == 1,
+        callback="answers.LogitsOfAnswers",
+        gpu=False,
+    ),
+    Setting(
         "attention",
         "FlashAttention 3 on a Hopper GPU, if it is installed: cuDNN's takes a sixth longer at heads of 64",
         lambda args: args.context_parallel_size == 1,

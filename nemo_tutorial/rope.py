@@ -58,7 +58,7 @@ class SplitAndTurn(torch.autograd.Function):
         d = 2 * cos.shape[-1]
         n = width // d - 2
         q, k, v = (mixed.new_empty(s, b, heads, d) for heads in (groups * n, groups, groups))
-        launch(mixed.reshape(s * b, -1), q, k, v, cos, sin, back=False)
+        _launch(mixed.contiguous(), q, k, v, cos, sin, back=False)
         return q, k, v
 
     @staticmethod
@@ -66,18 +66,17 @@ class SplitAndTurn(torch.autograd.Function):
         q, k, v = (grad.contiguous() for grad in grads)
         s, b, groups, d = k.shape
         n = q.shape[2] // groups
-        mixed = q.new_empty(s * b, groups * (n + 2) * d)
-        launch(mixed, q, k, v, *ctx.saved_tensors, back=True)
-        return mixed.view(s, b, groups, -1), None, None
+        mixed = q.new_empty(s, b, groups, (n + 2) * d)
+        _launch(mixed, q, k, v, *ctx.saved_tensors, back=True)
+        return mixed, None, None
 
 
-def launch(mixed, q, k, v, cos, sin, back):
-    """Run the kernel; mixed (s b, g (n + 2) d), its rows may be further apart, the others as SplitAndTurn has them."""
+def _launch(mixed, q, k, v, cos, sin, back):
     s, b, groups, d = k.shape
     n = q.shape[2] // groups
     pairs = groups * (n + 2) * d // 2
     block = triton.next_power_of_2(pairs)
-    rotary_kernel[(s * b,)](mixed, q, k, v, cos, sin, b, mixed.stride(0), pairs, n, d // 2, back, block, num_warps=8)
+    rotary_kernel[(s * b,)](mixed, q, k, v, cos, sin, b, pairs, n, d // 2, back, block, num_warps=8)
 
 
 @triton.jit
@@ -89,7 +88,6 @@ def rotary_kernel(
     cos,
     sin,
     batch,
-    stride,  # of the rows of `mixed`
     pairs,  # of numbers that are turned together, in `mixed` of a token
     n: tl.constexpr,  # queries a group
     half: tl.constexpr,  # of a head's numbers
@@ -106,7 +104,7 @@ def rotary_kernel(
     s = tl.load(sin + row // batch * half + number)
     c, s = tl.where(place <= n, c, 1.0), tl.where(place <= n, s, 0.0)  # a value is not turned
     first = row * (pairs // half // (n + 2)) + group  # this group, counted over all tokens
-    mixed += row * stride + head * half * 2 + number
+    mixed += row * pairs * 2 + head * half * 2 + number
     q += (first * n + place) * half * 2 + number
     k += first * half * 2 + number
     v += first * half * 2 + number

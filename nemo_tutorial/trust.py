@@ -98,6 +98,7 @@ nemo.lightning.pytorch.optim.* ^
 nemo.lightning.pytorch.plugins.* ^
 nemo.utils.exp_manager TimingCallback DeltaTimingCallback
 nemo_tutorial.ahead RunAhead
+nemo_tutorial.answers LogitsOfAnswers
 nemo_tutorial.callbacks ^
 nemo_tutorial.hooks ^
 nemo_tutorial.kernels CrossEntropy FlashAttention3 FusedRoPE GradientsInProduct SwiGLU

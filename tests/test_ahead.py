@@ -26,6 +26,12 @@ def ahead(monkeypatch):
     ahead._norms.clear()
 
 
+def ranks(number, clip_grad=1.0, **more):
+    """A trainer and the model's module, of so many ranks."""
+    config = SimpleNamespace(clip_grad=clip_grad)
+    return SimpleNamespace(world_size=number, **more), SimpleNamespace(optim=SimpleNamespace(config=config))
+
+
 def parameters(scale, dtype="float32"):
     import torch
 
@@ -96,6 +102,18 @@ def test_the_norms_of_buckets_are_kept_for_the_guard(ahead, monkeypatch):
     assert ahead.own_gradients() == {} and checked == [(True, True)]
 
 
+@pytest.mark.parametrize("number, clip_grad, checked", [(1, 1.0, False), (1, 0.0, True), (2, 1.0, True)])
+def test_a_rank_alone_has_one_norm(ahead, number, clip_grad, checked):
+    """That for clipping, if there is clipping: the guard looks at it. Another rank's NaN would be in it as well."""
+    import torch
+
+    group = SimpleNamespace(buckets=[SimpleNamespace(grad_data=torch.tensor([3.0, 4.0]))])
+    trainer, module = ranks(number, clip_grad, _logger_connector=SimpleNamespace(log_metrics=None))
+    ahead.RunAhead().setup(trainer, module, "fit")
+    ahead.Buckets.check_grads(group, True, False)
+    assert ahead.own_gradients() == ({"own_gradients": 5} if checked else {})
+
+
 def test_the_mean_loss_is_nemos(ahead, monkeypatch):
     """Of micro batches that have tokens: one without has a loss that is no number."""
     import torch
@@ -114,8 +132,8 @@ def test_the_mean_loss_is_nemos(ahead, monkeypatch):
 
 def test_only_what_has_the_known_arguments_is_replaced(ahead, monkeypatch):
     """All four of the installed Megatron and NeMo are; an older Megatron's norm has another group, and no buckets."""
-    trainer = SimpleNamespace(_logger_connector=SimpleNamespace(log_metrics=None))
-    ahead.RunAhead().setup(trainer, None, "fit")
+    trainer, module = ranks(2, _logger_connector=SimpleNamespace(log_metrics=None))
+    ahead.RunAhead().setup(trainer, module, "fit")
     optimizer = ahead.megatron_optimizer
     assert (optimizer.get_grad_norm_fp32, optimizer.clip_grad_by_total_norm_fp32) == (ahead.gradient_norm, ahead.clip)
     assert ahead.Buckets.check_grads is ahead.keep_norms
@@ -130,7 +148,7 @@ def test_only_what_has_the_known_arguments_is_replaced(ahead, monkeypatch):
     monkeypatch.setattr(ahead, "Buckets", None)
     for norm, clip in ((older_norm, ahead.STOCK_CLIP), (ahead.STOCK_NORM, older_clip)):
         optimizer.get_grad_norm_fp32, optimizer.clip_grad_by_total_norm_fp32 = norm, clip
-        ahead.RunAhead().setup(trainer, None, "fit")
+        ahead.RunAhead().setup(trainer, module, "fit")
         assert optimizer.get_grad_norm_fp32 is norm
         assert (optimizer.clip_grad_by_total_norm_fp32 is ahead.clip) == (norm is older_norm)
 
@@ -144,10 +162,10 @@ def test_logs_are_written_a_step_later(ahead, end):
     logger = SimpleNamespace(log_metrics=lambda metrics, step: written.append((step, metrics)), save=lambda: None)
     connector = SimpleNamespace(_logged_metrics={}, log_metrics=lambda *args: at_once.append(args))
     loop = SimpleNamespace(epoch_loop=SimpleNamespace(_batches_that_stepped=0))
-    trainer = SimpleNamespace(_logger_connector=connector, loggers=[logger], training=True, fit_loop=loop)
+    trainer, module = ranks(2, _logger_connector=connector, loggers=[logger], training=True, fit_loop=loop)
     trainer.current_epoch = 0
     callback = ahead.RunAhead()
-    callback.setup(trainer, None, "fit")
+    callback.setup(trainer, module, "fit")
     for step in (4, 5):
         loop.epoch_loop._batches_that_stepped = step
         connector.log_metrics({"loss": torch.tensor(float(step)), "tokens": torch.tensor(8)})

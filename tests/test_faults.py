@@ -679,14 +679,14 @@ def test_restarts(stages):
 def test_other_layouts_go_on(stages):
     """1 -> TP 2 -> PP 2 -> DP 2, a quarter of the steps each, in fp32: losses within 1e-3 of a run without a stop."""
     fp32 = [*TRAIN, "--precision", "fp32", "--max_steps", 24, "--val_check_interval", 6]
-    whole = Run(stages, "whole", *fp32, ranks=1)
-    assert whole.wait()[0] == 0, whole.said()[-3000:]
+    whole = Run(stages, "whole", *fp32, ranks=1)  # beside the others
     layouts = [[], ["-T", 2], ["-P", 2], []]
     for number, layout in enumerate(layouts):
         run = Run(stages, "moved", *fp32, "--exit_interval", 6, *layout, ranks=2 if number else 1)
         code, said = run.wait()
         assert code == 0, said[-3000:]
         assert number == 0 or f"goes on from step {6 * number} " in said
+    assert whole.wait()[0] == 0, whole.said()[-3000:]
     found, expected = losses(run.path), losses(whole.path)
     worst = max(abs(found[step] - expected[step]) for step in range(1, 25))
     print(f"largest difference of a loss: {worst:.2g}")

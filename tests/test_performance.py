@@ -34,7 +34,7 @@ def names(**flags):
 @pytest.mark.parametrize("flags", [{"accelerator": "cpu"}, {"precision": "fp32"}], ids=str)
 def test_nemos_own_kernels_stay(flags):
     """Without a GPU, and in fp32, which is for comparing; what the host does is made as fast there."""
-    assert names(**flags) == {"garbage", "pause", "ahead"}
+    assert names(**flags) == {"garbage", "pause", "ahead"} and "answers" in names(**flags, packing=False)
     assert names(**flags, performance="off") == set()
 
 
@@ -55,6 +55,14 @@ def test_positions_are_turned_with_the_split_but_not_of_packs_on_several_gpus():
     assert "positions" in names(**split) and "positions" in names(**split, packing=False)
     for packing in (True, None):
         assert "positions" not in names(**split, packing=packing)
+
+
+def test_logits_of_answers_are_of_fine_tuning_where_all_of_a_sample_is_on_the_gpu():
+    assert "answers" not in names()  # pretraining, which has no --packing
+    for packing in (True, False):
+        assert "answers" in names(packing=packing, num_gpus=2) and "answers" in names(packing=packing, peft="lora")
+        for split in ("tensor_model_parallel_size", "context_parallel_size"):
+            assert "answers" not in names(packing=packing, num_gpus=2, **{split: 2})
 
 
 def test_gradients_in_bf16_are_not_summed_in_products():

@@ -95,6 +95,53 @@ def test_a_packed_sample_has_the_loss_that_it_has_alone(model, window):
         assert (packed[start:end] - alone).abs().max() < 1e-5, "positions and attention start anew"
 
 
+def losses_and_gradients(model, batch):
+    """Of a micro batch (b, s), by NeMo's own functions: losses (b, s) times the mask, each parameter's gradient."""
+    model.zero_grad()
+    losses = model.forward_step(model.data_step(iter([(batch, None, None)]))) * batch["loss_mask"]
+    losses.sum().backward()
+    return losses.detach(), {name: weight.grad.clone() for name, weight in model.named_parameters()}
+
+
+@pytest.fixture
+def answers(monkeypatch):
+    """The module, with what it replaces put back at the end."""
+    from nemo_tutorial import answers
+
+    for owner, name in (
+        (answers.llm.GPTModel, "data_step"),
+        (answers.llm.GPTModel, "forward_step"),
+        (answers.GPTModel, "_postprocess"),
+    ):
+        monkeypatch.setattr(owner, name, getattr(owner, name))
+    return answers
+
+
+@pytest.mark.parametrize("share, rows", [(0.3, 128), (0.5, 256), (0.0, 128), (0.95, 320)], ids=str)
+def test_logits_of_answers_alone(model, answers, share, rows):
+    """Of 320 tokens of two samples: as many rows of logits as are needed, and the same losses and gradients."""
+    import torch
+
+    torch.manual_seed(1)
+    b, s = 2, 160
+    tokens = torch.randint(0, 2000, (b, s + 1))
+    batch = {"tokens": tokens[:, :-1], "labels": tokens[:, 1:], "position_ids": torch.arange(s).expand(b, s)}
+    batch |= {"loss_mask": (torch.rand(b, s) < share).float(), "attention_mask": torch.ones(1, 1, s, s).tril() < 0.5}
+    losses, gradients = losses_and_gradients(model, batch)
+    answers.LogitsOfAnswers().setup(None, None, "fit")
+    shapes = []
+    hook = model.module.output_layer.register_forward_pre_hook(lambda _, inputs: shapes.append(inputs[0].shape[:2]))
+    found, found_gradients = losses_and_gradients(model, batch)
+    hook.remove()
+    assert shapes == [(rows, 1) if rows < b * s else (s, b)]
+    torch.testing.assert_close(found, losses, rtol=1e-5, atol=1e-6)
+    assert (found == 0).sum() == (batch["loss_mask"] == 0).sum()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(found_gradients[name], gradient, rtol=1e-4, atol=1e-5, msg=name)
+    # Without a batch of ours, as a user's own call, all logits and losses are made.
+    assert model(batch["tokens"], batch["position_ids"], batch["attention_mask"], batch["labels"]).ne(0).all()
+
+
 def tune(stages, name, *flags):
     """The metrics of a run, by step, and what it printed."""
     folder = stages / "sixteen"
@@ -131,6 +178,15 @@ def test_packed_and_unpacked_runs_are_the_same(stages):
     longer, said = tune(stages, "longer", *flags, "--num_gpus", 2, "-P", 2, "--packed_sequence_size", 2048)
     assert "1 packs of 2048, with 16 rows of" in said
     near(longer, unpacked)
+
+
+@pytest.mark.parametrize("flags", [["--no_packing", "--micro_batch_size", 4], ["--peft", "lora"]], ids=["", "lora"])
+def test_logits_of_answers_are_the_same_run(stages, flags):
+    """As with NeMo's own settings: losses, validation, gradient norms."""
+    flags = [*flags, "--global_batch_size", 8, "--max_steps", 3, "--val_check_interval", 3, "--lr", "1e-3"]
+    name = "answers_lora" if "lora" in flags else "answers"
+    stock, _ = tune(stages, f"{name}_off", *flags, "--performance", "off")
+    near(tune(stages, name, *flags)[0], stock)
 
 
 @pytest.mark.full
