@@ -76,7 +76,7 @@ ROWS = {
     ),
     "8b-sft": (
         {"model": "8b", "kind": "sft", "seq": 4096, "gbs": 8},
-        ("ours+mbs2+lean", "ours+mbs2+lean+overlap", "ours+mbs4+lean+recompute_full", "ours+lean_fp8+recompute_full"),
+        ("ours+mbs2+lean", "ours+mbs4+lean+recompute_full", "ours+lean_fp8+recompute_full"),
     ),
     # One change at a time, the most promising first.
     "ablation-1b": (

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import random
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -214,16 +215,6 @@ def optimizer(moments=torch.float32, **values):
     return change
 
 
-def lean(moments):
-    """bf16 gradients, no copy of the weights (16 bits of remainder), moments of `moments`: 8 or 6 bytes a parameter."""
-
-    def change(recipe):
-        bf16_gradients(recipe)
-        optimizer(moments, main_grads_dtype=torch.bfloat16)(recipe)
-
-    return change
-
-
 def collect(steps):
     def change(recipe):
         recipe.trainer.callbacks.append(run.Config(GarbageCollectionCallback, steps, steps))
@@ -303,8 +294,9 @@ CHANGES = {
     "grads_bf16": bf16_gradients,
     "adam_aware": optimizer(),
     "adam_bf16": optimizer(torch.bfloat16),
-    "lean": lean(torch.bfloat16),
-    "lean_fp8": lean(torch.uint8),
+    # Gradients and moments in bf16 or FP8, of the weights the 16 bits that bf16 lacks: by the script's own flags.
+    "lean": lambda recipe: None,
+    "lean_fp8": lambda recipe: None,
     "no_distopt": lambda recipe: setattr(recipe.optim.config, "use_distributed_optimizer", False),
     "gc": collect(100),
     "log10": log_every(10),
@@ -348,6 +340,9 @@ def flags(cell):
     words += f" --lr {cell['lr']} --min_lr {cell['lr'] / 10} --warmup_steps {max(1, cell['total'] // 10)}"
     words += f" --val_check_interval {cell['total']} --limit_val_batches 1"
     words += " --peft lora" if cell["kind"] == "lora" else ""
+    if lean := re.search(r"\+lean(_fp8)?", cell["contestant"]):
+        words += " --use_precision_aware_optimizer --main_grads_dtype bf16"
+        words += " --exp_avg_dtype {0} --exp_avg_sq_dtype {0}".format("fp8" if lean[1] else "bf16")
     args = script.parse_args(words.split())
     args.sequence_parallel, args.log_interval = tp > 1, 10  # the interval of a run of 1,000 steps and more
     if not pretrain:
@@ -407,6 +402,7 @@ def build(cell, steps, tokenizer):
         recipes.set_logging(recipe, args, arithmetic(shape))
         recipes.set_training(recipe, args)
         recipes.set_precision(recipe, args)
+        recipes.set_memory(recipe, args, None)
         dropped = {name[1:] for name in changes if name.startswith("-")}
         chosen = [setting for setting in performance.settings(args) if setting.name.replace(" ", "_") not in dropped]
         recipes.set_performance(recipe, args, chosen)

@@ -27,16 +27,19 @@ class Idle(Callback):
     """
 
     FRAMES, SHOWN = 8, 25
+    FIRST, LAST = 6, 12
+    step = 0
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        if batch_idx == 5:
+        self.step += 1
+        if self.step == self.FIRST:
             self.found, self.asked, self.ends = collections.Counter(), 0, False
             self.stream, self.watched = torch.cuda.current_stream(), threading.main_thread().ident
             self.thread = threading.Thread(target=self._watch, daemon=True)
             self.thread.start()
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        if batch_idx == 11:
+        if self.step == self.LAST:
             self.ends = True
             self.thread.join()
             print(f"idle: {self.found.total()} of {self.asked} times", flush=True)

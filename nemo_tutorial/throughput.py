@@ -3,7 +3,8 @@
 Counted: the matrix products of forward and backward, 6 FLOP a parameter and token (4 for a frozen one, which needs no
 gradient of its own), of a mixture's experts those that a token is routed to; and attention, 12 FLOP a layer, channel
 of its heads and pair of tokens of which the later one sees the earlier one. Only real tokens, no padding. Not counted:
-the input embedding (a look-up), norms, adapters, and what is computed again by recomputation.
+the input embedding (a look-up), norms, adapters, and what is computed again by recomputation. In fine-tuning the logits
+of prompts are counted, though they are not made (answers.py): the model's arithmetic, not the run's.
 """
 
 # Dense bf16 TFLOP/s by what the driver calls a GPU, from NVIDIA's data sheets; the first name found in it counts.
