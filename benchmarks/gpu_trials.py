@@ -23,7 +23,7 @@ class FuseLoRA(Callback):
 class Idle(Callback):
     """Print where the host is, by its innermost calls, when the GPU has nothing to do, and how often it was found so.
 
-    A thread asks each tenth of a millisecond, from the sixth step to the twelfth: while it does, steps take longer.
+    A thread asks every half millisecond or so, from the sixth step to the twelfth: while it does, steps take longer.
     """
 
     FRAMES, SHOWN = 8, 25

@@ -12,7 +12,7 @@ from nemo.collections import llm
 from nemo_tutorial import compat
 
 STOCK_DATA, STOCK_FORWARD = llm.GPTModel.data_step, llm.GPTModel.forward_step
-STOCK_END = getattr(GPTModel, "_postprocess", None)  # not in an older Megatron
+STOCK_POST = getattr(GPTModel, "_postprocess", None)  # not in an older Megatron
 _chosen = None  # of the micro batch that is in its forward pass: (indices into its t tokens, how many of them count)
 
 
@@ -21,9 +21,9 @@ class LogitsOfAnswers(Callback):
 
     def setup(self, trainer, pl_module, stage):
         wanted = {"hidden_states": 0, "labels": 0, "mtp_in_postprocess": 0}
-        if STOCK_END and len(compat.supported(STOCK_END, **wanted)) == len(wanted):
+        if STOCK_POST and len(compat.supported(STOCK_POST, **wanted)) == len(wanted):
             llm.GPTModel.data_step, llm.GPTModel.forward_step = data_step, forward_step
-            GPTModel._postprocess = end
+            GPTModel._postprocess = postprocess
 
 
 def data_step(self, batches):
@@ -65,7 +65,7 @@ def forward_step(self, batch):
         _chosen = None
 
 
-def end(self, **inputs):
+def postprocess(self, **inputs):
     """Megatron's GPTModel's `_postprocess`: hidden states (s, b, h), labels (b, s) -> losses (b, s), the others 0."""
     hidden, labels = inputs["hidden_states"], inputs["labels"]
     if (
@@ -75,11 +75,11 @@ def end(self, **inputs):
         or inputs.get("mtp_in_postprocess")  # of which each head has other labels
         or hidden.shape[:2] != labels.t().shape  # split between GPUs
     ):
-        return STOCK_END(self, **inputs)
+        return STOCK_POST(self, **inputs)
     places, count = _chosen
     inputs["hidden_states"] = Rows.apply(hidden, places, count)
     inputs["labels"] = labels.t().reshape(1, -1)[:, places]
-    losses = STOCK_END(self, **inputs)[0, :count]
+    losses = STOCK_POST(self, **inputs)[0, :count]
     every = losses.new_zeros(labels.numel()).index_copy(0, places[:count], losses)
     return every.view(hidden.shape[:2]).t().contiguous()
 
