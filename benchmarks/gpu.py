@@ -172,10 +172,19 @@ ROWS = {
         {"model": "1b", "kind": "lora", "seq": 2048, "gbs": 8, "steps": 98, "warmup": 2, "lr": 1e-4},
         ("stock", "stock seed 2", "stock seed 3", "ours", "ours-adapter_kernels", "ours seed 2", "ours seed 3"),
     ),
-    # Instruction rows, packed and padded: tokens that are no padding.
+    # Instruction rows, packed and padded: tokens that are no padding. What packing alone is worth is seen without
+    # `answers`, which spares padded rows the logits of their padding.
     "sft-packed": (
         {"model": "1b", "kind": "sft", "seq": 4096, "gbs": 8},
-        ("ours+packed", "ours+packed_4", "ours+packed_8", "ours+padded", "stock+padded"),
+        (
+            "ours+packed_8",
+            "ours+padded",
+            "ours+packed_8-answers",
+            "ours+padded-answers",
+            "ours+packed",
+            "ours+packed_4",
+            "stock+padded",
+        ),
     ),
     "sft-packed-lora": (
         {"model": "8b", "kind": "lora", "seq": 4096, "gbs": 8},
