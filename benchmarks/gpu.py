@@ -68,7 +68,7 @@ ROWS = {
     "3b-8192": ({"model": "3b", "kind": "pretrain", "seq": 8192, "gbs": 8}, ("stock", "ours+lean", *PEERS_FULL)),
     "8b-lora": (
         {"model": "8b", "kind": "lora", "seq": 4096, "gbs": 16},
-        ("stock+mbs2", "ours+mbs2-adapter", "ours+mbs2", "peft+compile"),
+        ("stock+mbs2", "ours+mbs2-adapter", "ours+mbs2", "peft+mbs2"),
     ),
     "8b-lora-fp8": (
         {"model": "8b", "kind": "lora", "seq": 4096, "gbs": 16},
@@ -216,7 +216,7 @@ for model, kind in (("1b", "pretrain"), ("3b", "pretrain"), ("8b", "lora")):
             shared,
             ("ours+mbs1", "ours+mbs2", "ours+mbs1+recompute_full", "ours+mbs2+recompute_full"),
         )
-MICRO_BATCHES = (4, 2, 1)  # of the peers: the largest that fits
+MICRO_BATCHES = (4, 2, 1)  # of the peers, where their name has none: the largest that fits
 # --layouts: model, kind, sequence, samples a step and GPU, changes of ours and of stock. Each GPU has the same work in
 # every layout, so tokens/s a GPU against the row of one GPU is the weak scaling.
 LAYOUT_MODELS = (
@@ -528,7 +528,10 @@ def run(args):
                 print(f"no time left for {cell['row']} {cell['name']} and after; the same command goes on", flush=True)
                 break
             start = time.monotonic()
-            sizes = [size for size in MICRO_BATCHES if cell["gbs"] % size == 0] if cell["stack"] == "peers" else [None]
+            sizes = [None]
+            if cell["stack"] == "peers":
+                asked = re.search(r"\+mbs(\d+)", cell["contestant"])
+                sizes = [int(asked[1])] if asked else [size for size in MICRO_BATCHES if cell["gbs"] % size == 0]
             for size in sizes:
                 row = processes[cell["stack"]].ask({**cell, "mbs": size}, until)
                 if "out of memory" not in row.get("error", ""):
