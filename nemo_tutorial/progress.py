@@ -188,18 +188,20 @@ class Numbers:
     """Numbers that a GPU has still to compute, on their way to the host: nothing waits until they are asked for."""
 
     def __init__(self, values):
-        """`values`: name -> tensor of one element, the first of them on the GPU if any is; or a plain number."""
-        self.known = {name: value for name, value in values.items() if not torch.is_tensor(value)}
-        tensors = {name: value for name, value in values.items() if name not in self.known}
-        self.names, self.values, self.there = list(tensors), torch.empty(0), None
-        if tensors:
-            device = next(iter(tensors.values())).device
-            values = [value.detach().reshape(()).to(device, torch.float64) for value in tensors.values()]
-            together = torch.stack(values)
+        """`values`: name -> tensor of one element, or a plain number."""
+        coming = {name: value for name, value in values.items() if torch.is_tensor(value) and value.is_cuda}
+        # Those that the host has stay here: NeMo's time of a step, moved to the others, would wait for the GPU.
+        self.known = {
+            name: value.item() if torch.is_tensor(value) else value
+            for name, value in values.items()
+            if name not in coming
+        }
+        self.names, self.values, self.there = list(coming), torch.empty(0), None
+        if coming:
+            together = torch.stack([value.detach().reshape(()).double() for value in coming.values()])
             self.values = together.to("cpu", non_blocking=True)
-            if together.is_cuda:
-                self.there = torch.cuda.Event()
-                self.there.record()
+            self.there = torch.cuda.Event()
+            self.there.record()
 
     def arrived(self):
         """Whether get() would not wait."""

@@ -226,6 +226,24 @@ def test_a_step_waits_for_no_number():
     assert all(ours.grad.equal(theirs.grad) for ours, theirs in zip(*both))
 
 
+def test_numbers_of_a_step_are_not_awaited():
+    """Of the GPU, and one that the host has, as NeMo's time of a step: that is not sent to the GPU to come back."""
+    import torch
+
+    from nemo_tutorial import progress
+
+    values = {"loss": torch.tensor(2.5, device="cuda"), "seconds": torch.tensor(0.5), "step": 3}
+    progress.Numbers(values).get()  # makes what is made once
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        torch.cuda._sleep(10**9)
+        numbers = progress.Numbers(values)
+        assert not numbers.arrived()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert numbers.get() == {"loss": 2.5, "seconds": 0.5, "step": 3}
+
+
 def test_fp8(stages):
     """FP8 in both recipes that an H100 has: the losses of bf16, nearly."""
     for recipe in ("delayed_scaling", "current_scaling"):
