@@ -2,6 +2,7 @@
 
 import gc
 import json
+import math
 import os
 import shutil
 import struct
@@ -401,15 +402,19 @@ def test_killed_at_twenty_moments(stages, many, what):
     name, flags, whole = conversions(stages, many.folder)[what]
     target = many.folder / what
     assert many(name, flags)[0] == 0  # the first waits for the import of NeMo
-    began = time.monotonic()
-    assert many(name, [*flags, "--overwrite"])[0] == 0
-    seconds = time.monotonic() - began
-    killed = remains = 0
+    seconds, killed, remains = math.inf, 0, 0
+    for _ in range(3):
+        began = time.monotonic()
+        assert many(name, [*flags, "--overwrite"])[0] == 0
+        seconds = min(seconds, time.monotonic() - began)  # one alone may have been slow by chance
     for moment in range(20):
         if moment % 4 == 1:
             shutil.rmtree(target, ignore_errors=True)
         old = target.exists()
+        began = time.monotonic()
         code, said = many(name, [*flags, "--overwrite"], seconds * (moment + 0.5) / 20)
+        if code == 0:  # it was faster still
+            seconds = min(seconds, time.monotonic() - began)
         killed += code == -9
         remains += "earlier run was killed" in said
         if old or target.exists():
