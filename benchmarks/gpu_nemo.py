@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import fiddle as fdl
 import gpu_measure
+import gpu_trials
 import nemo_run as run
 import torch
 from lightning.pytorch.callbacks import Callback
@@ -201,7 +202,7 @@ def bf16_gradients(recipe):
     recipe.trainer.plugins.grad_reduce_in_fp32 = False
 
 
-def optimizer(moments=torch.float32, **values):
+def optimizer(moments=torch.float32):
     """Transformer Engine's fused Adam with its states in other precisions."""
 
     def change(recipe):
@@ -209,8 +210,6 @@ def optimizer(moments=torch.float32, **values):
         adam.use_distributed_optimizer = True
         adam.use_precision_aware_optimizer = True
         adam.exp_avg_dtype = adam.exp_avg_sq_dtype = moments
-        for name, value in values.items():
-            setattr(adam, name, value)
 
     return change
 
@@ -230,16 +229,11 @@ def without(*names):
     return change
 
 
-def lora_fuser(recipe):
-    from gpu_trials import FuseLoRA
+def callback(cls):
+    def change(recipe):
+        recipe.trainer.callbacks.append(run.Config(cls))
 
-    recipe.trainer.callbacks.append(run.Config(FuseLoRA))
-
-
-def idle(recipe):
-    from gpu_trials import Idle
-
-    recipe.trainer.callbacks.append(run.Config(Idle))
+    return change
 
 
 def cuda_graphs(recipe):
@@ -306,11 +300,11 @@ CHANGES = {
     "no_progress": without("Progress"),
     "no_guard": without("LossGuard"),
     "quiet": without("Progress", "TimingCallback"),
-    "idle": idle,
+    "idle": callback(gpu_trials.Idle),
     "segments": environment(PYTORCH_CUDA_ALLOC_CONF="expandable_segments:True"),
     "connections": environment(CUDA_DEVICE_MAX_CONNECTIONS="8"),
     "fuser": config(use_transformer_engine_op_fuser=True),
-    "lora_fuser": lora_fuser,
+    "lora_fuser": callback(gpu_trials.FuseLoRA),
     "graphs": cuda_graphs,
     "recompute_selective": config(recompute_granularity="selective", recompute_modules=["core_attn"]),
     "recompute_norm": config(recompute_granularity="selective", recompute_modules=["layernorm"]),

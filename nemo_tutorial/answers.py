@@ -21,7 +21,7 @@ class LogitsOfAnswers(Callback):
 
     def setup(self, trainer, pl_module, stage):
         wanted = {"hidden_states": 0, "labels": 0, "mtp_in_postprocess": 0}
-        if STOCK_POST and len(compat.supported(STOCK_POST, **wanted)) == len(wanted):
+        if STOCK_POST and compat.supported(STOCK_POST, **wanted) == wanted:
             llm.GPTModel.data_step, llm.GPTModel.forward_step = data_step, forward_step
             GPTModel._postprocess = postprocess
 

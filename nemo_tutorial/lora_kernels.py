@@ -136,8 +136,7 @@ class SwiGLU(torch.autograd.Function):
     def backward(ctx, grad_h, grad_down):
         y, low, b, a, h = ctx.saved_tensors
         grad_y = torch.empty_like(y)
-        grads = grad_h, grad_down, grad_y
-        grad_low = _launch(swiglu_gradient_kernel, y, low, b, a, grads, ctx.scale, len(b[0]))
+        grad_low = _launch(swiglu_gradient_kernel, y, low, b, a, (grad_h, grad_down, grad_y), ctx.scale, len(b[0]))
         grad_b, grad_a = lora.gradient(b, grad_y, low, ctx.scale), lora.gradient(a, grad_down, h.flatten(0, -2))
         return grad_y.view(*h.shape[:-1], -1), grad_low, grad_b, None, grad_a
 
