@@ -29,6 +29,7 @@ SHAPES = {
     "8b": (32, 4096, 14336, 32, 128, False),
 }
 DTYPES = {"torch.float32": "fp32", "torch.bfloat16": "bf16", "torch.uint8": "fp8"}
+WHOLE = "2026-11-30 12"  # until then Adam made float32 copies of all small states at once (now adam.in_parts)
 RECIPES = {"tensorwise": "current_scaling", "blockwise": "subchannel_scaling", "mxfp8": "mxfp8"}
 
 
@@ -86,6 +87,9 @@ def cells():
                     last = estimate.stage == args.pipeline_model_parallel_size - 1
                     less = estimate.activations - memory.placeholders(model, args, last)
                     estimate = dataclasses.replace(estimate, activations=less)
+                if cell["date"] < WHOLE:
+                    stepped = estimate.optimizer / memory.state_bytes(args)[1]
+                    estimate = dataclasses.replace(estimate, step=memory.step_bytes(args) * stepped)
                 yield row, name, cell, estimate
 
 

@@ -22,6 +22,7 @@ RESERVE = {"context": 0.7 * GIB, "communication": 0.5 * GIB, "fragmentation": 0.
 STATISTICS = 4  # bytes a token and head that fused attention keeps for its backward pass (the log of the sum)
 FP32_SCORES = 8  # bytes a score: attention in fp32 is not fused, and keeps its scores and probabilities
 ATTENTION = ("linear_qkv", "linear_proj")  # of a layer's linear layers, those that experts do not have
+STEPPED = 2**28  # parameters whose optimizer state is in float32 at a time, if it is kept in less (adam.in_parts)
 MODULES = ("core_attn", "mlp", "moe", "moe_act")  # Megatron's, of those that our models have
 
 
@@ -126,7 +127,7 @@ def state_bytes(args):
 
 
 def step_bytes(args):
-    """Bytes a trained parameter that Transformer Engine's Adam takes while it steps: it computes in float32."""
+    """Bytes a parameter that Transformer Engine's Adam takes while that is stepped: it computes in float32."""
     if args.precision == "fp32" or not args.use_precision_aware_optimizer:
         return 0
     return 4 * sum(
@@ -178,7 +179,7 @@ def _stage(model, args, stage):
         gradients=gradient * trained,
         optimizer=state * stepped,
         activations=activations + placeholders(model, args, last),
-        step=step_bytes(args) * stepped,
+        step=step_bytes(args) * min(stepped, max(STEPPED, table)),
         reserve=reserve + (RESERVE["communication"] if world > 1 else 0),
     )
 

@@ -13,6 +13,7 @@ from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTo
 from nemo.lightning import io
 
 from nemo_tutorial import (
+    adam,
     callbacks,
     compat,
     config,
@@ -25,6 +26,7 @@ from nemo_tutorial import (
     metrics,
     models,
     network_check,
+    optimizer_state,
     overrides,
     performance,
     progress,
@@ -111,9 +113,6 @@ def set_parallelism(recipe, args):
     if args.context_parallel_size > 1:
         # A rank whose part of a sample is all prompt has no loss: averaging per rank gives NaN.
         _average_over_tokens(recipe)
-    # Else a checkpoint's optimizer can be loaded only on the layout that wrote it (NeMo 2.6 and newer).
-    for name, value in compat.supported(nl.MegatronStrategy, ckpt_optim_fully_reshardable=True).items():
-        setattr(strategy, name, value)
 
 
 def _average_over_tokens(recipe):
@@ -224,6 +223,7 @@ def set_memory(recipe, args, model):
         return
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.uint8}
     optim.use_precision_aware_optimizer = True
+    recipe.trainer.callbacks = [*(recipe.trainer.callbacks or []), run.Config(adam.SmallStates)]
     for name in ("main_params_dtype", "exp_avg_dtype", "exp_avg_sq_dtype", "main_grads_dtype"):
         setattr(optim, name, dtypes[getattr(args, name) or "fp32"])
     if args.main_grads_dtype == "bf16":  # the buffers that the gradients are summed up in
@@ -279,6 +279,10 @@ def set_checkpointing(recipe, args, restore_from):
     A run that has a checkpoint goes on from it: weights, optimizer, step, data order. Else `restore_from`, if it is
     not None, gives the weights.
     """
+    # Else a checkpoint's optimizer can be loaded only on the layout that wrote it (NeMo 2.6 and newer).
+    for name, value in compat.supported(nl.MegatronStrategy, ckpt_optim_fully_reshardable=True).items():
+        setattr(recipe.trainer.strategy, name, value)
+    recipe.trainer.callbacks = [*(recipe.trainer.callbacks or []), run.Config(optimizer_state.SharedByReplicas)]
     log = recipe.log
     log.log_dir = str(Path("results").absolute())
     log.name = args.experiment

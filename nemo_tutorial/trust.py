@@ -97,6 +97,7 @@ nemo.lightning.pytorch.callbacks.megatron_comm_overlap _CommOverlapConfig
 nemo.lightning.pytorch.optim.* ^
 nemo.lightning.pytorch.plugins.* ^
 nemo.utils.exp_manager TimingCallback DeltaTimingCallback
+nemo_tutorial.adam SmallStates
 nemo_tutorial.ahead RunAhead
 nemo_tutorial.answers LogitsOfAnswers
 nemo_tutorial.callbacks ^
@@ -105,6 +106,7 @@ nemo_tutorial.kernels CrossEntropy FlashAttention3 FusedRoPE GradientsInProduct 
 nemo_tutorial.loggers MLflow WeightsAndBiases
 nemo_tutorial.lora AddedByKernels AddedInProduct
 nemo_tutorial.network_check NetworkCheck
+nemo_tutorial.optimizer_state SharedByReplicas
 nemo_tutorial.progress Progress
 nemo_tutorial.samples Samples
 nemo_tutorial.tuning_data ^

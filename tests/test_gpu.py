@@ -106,6 +106,30 @@ def test_each_exports_and_goes_on_from_the_others_checkpoint(stages, pretrained)
         assert len(losses(stages, name)) == 12 and losses(stages, name)[-1] < losses(stages, name)[0] * 0.9
 
 
+def test_small_states_go_on(stages):
+    """Gradients and moments in bf16, stopped after five of ten steps: the same losses as without a stop; whole weights.
+
+    And from the fifth on with float32 states, which such a checkpoint holds: nearly the same.
+    """
+    flags = [*TRAIN[:-1], 5, "--use_precision_aware_optimizer", "--main_grads_dtype", "bf16"]
+    flags += ["--exp_avg_dtype", "bf16", "--exp_avg_sq_dtype", "bf16"]
+    script(stages, "pretraining/pretrain.py", "--experiment", "small_whole", *flags)
+    for name, more in (("small_stopped", flags), ("small_then_not", [*TRAIN[:-1], 5])):
+        script(stages, "pretraining/pretrain.py", "--experiment", name, *flags, "--exit_interval", 5)
+        found = contents(checkpoints.latest(stages / "results" / name).resolve())
+        prefix = "optimizer.state.param."
+        masters = {key.removeprefix(prefix): tensor for key, tensor in found.items() if key.startswith(prefix)}
+        assert len(masters) == 9  # of layers, all of them in one
+        for weight, master in masters.items():
+            assert (master.bfloat16() != found[weight]).float().mean() < 1e-3, weight  # halves are rounded up
+            assert not master.bfloat16().float().equal(master), weight
+        output = script(stages, "pretraining/pretrain.py", "--experiment", name, *more).stdout
+        assert "goes on from step 5" in output
+    whole, stopped = losses(stages, "small_whole"), losses(stages, "small_stopped")
+    assert len(whole) == 10 and whole == stopped
+    assert max(abs(a - b) for a, b in zip(whole, losses(stages, "small_then_not"))) < 0.02
+
+
 def test_fast_settings_change_no_loss(stages, pretrained):
     """Ten steps with NeMo's own settings of speed, from the same weights on the same data: the same losses, nearly."""
     script(stages, "pretraining/pretrain.py", "--experiment", "performance_off", *TRAIN, "--performance", "off")

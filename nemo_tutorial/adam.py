@@ -1,0 +1,111 @@
+"""Transformer Engine's Adam with states smaller than float32, `--use_precision_aware_optimizer`: its memory, and saved.
+
+Ours, for as Megatron 0.15 uses it a run can't go on: of a float32 weight Adam keeps the 16 bits that the bf16 weight
+lacks, which a checkpoint then holds in place of the weight, and which loading refuses (Megatron-LM's #4222). And a
+step, a save and a load each make float32 copies of the moments of all parameters at once: of 8B 60 GiB.
+"""
+
+import torch
+from lightning.pytorch import Callback
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+from nemo_tutorial import compat, memory
+
+STOCK_GET = getattr(DistributedOptimizer, "_get_main_param_and_optimizer_states", None)  # not in an older Megatron
+STOCK_SET = getattr(DistributedOptimizer, "_set_main_param_and_optimizer_states", None)
+
+
+class SmallStates(Callback):
+    """Has all of the process' Adams step in parts, and checkpoints hold what those of other runs hold."""
+
+    def setup(self, trainer, pl_module, stage):
+        from transformer_engine.pytorch.optimizers import FusedAdam
+
+        if compat.replace(DistributedOptimizer, "_get_main_param_and_optimizer_states", states):
+            compat.replace(DistributedOptimizer, "_set_main_param_and_optimizer_states", set_states)
+        FusedAdam.step = in_parts(FusedAdam.step)
+        FusedAdam.state_dict, FusedAdam.load_state_dict = groups, load_groups
+
+
+def master_weights(weights, remainders):
+    """The float32 weights of which Adam rounded `weights` (bf16) and kept `remainders` (int16)."""
+    return ((weights.view(torch.int16).int() << 16) + remainders.int()).view(torch.float32)
+
+
+def remainders(weights, masters):
+    """What Adam keeps (int16) of float32 `masters` beside `weights` (bf16), which are those rounded.
+
+    Raises ValueError if they are not.
+    """
+    lacking = masters.view(torch.int32) - (weights.view(torch.int16).int() << 16)
+    if lacking.numel() and int(lacking.abs().max()) > 2**15:
+        raise ValueError(
+            "the optimizer's float32 weights in the checkpoint are not those of the model: it was written before these "
+            "were saved with --use_precision_aware_optimizer; begin another run, by --experiment, with --nemo_model "
+            "and the checkpoint's path"
+        )
+    return lacking.clamp(max=2**15 - 1).short()  # a half was rounded down, where Adam would have rounded up
+
+
+def _weights(optimizer, model_param):
+    group, order = optimizer.model_param_group_index_map[model_param]
+    return optimizer.optimizer.param_groups[group]["params"][order].detach()
+
+
+def states(self, model_param):
+    """DistributedOptimizer's _get_main_param_and_optimizer_states, with the whole float32 weights."""
+    found = STOCK_GET(self, model_param)
+    if found["param"].dtype == torch.int16:
+        found["param"] = master_weights(_weights(self, model_param), found["param"])
+    return found
+
+
+def set_states(self, model_param, tensors):
+    """DistributedOptimizer's _set_main_param_and_optimizer_states, of whole float32 weights."""
+    weights = _weights(self, model_param)
+    if getattr(self.optimizer, "store_param_remainders", False) and weights.dtype == torch.bfloat16:
+        tensors = tensors | {"param": remainders(weights, tensors["param"].to(weights.device))}
+    STOCK_SET(self, model_param, tensors)
+
+
+def in_parts(step, limit=memory.STEPPED):
+    """An optimizer's `step`, without closure, of so many parameters at a time, or a tensor if that has more."""
+
+    def step_in_parts(self):
+        every = self.param_groups
+        try:
+            for group in every:
+                part = {}
+                for parameters in parts(group["params"], limit):
+                    part = group | {"params": parameters}  # with the count of steps as it was
+                    self.param_groups = [part]
+                    step(self)
+                if "step" in part:
+                    group["step"] = part["step"]
+        finally:
+            self.param_groups = every
+
+    return step_in_parts
+
+
+def parts(parameters, limit):
+    """Lists of one tensor or more, of `limit` elements at most if it is more."""
+    part, size = [], 0
+    for parameter in parameters:
+        if part and size + parameter.numel() > limit:
+            yield part
+            part, size = [], 0
+        part.append(parameter)
+        size += parameter.numel()
+    if part:
+        yield part
+
+
+def groups(self):
+    """FusedAdam's state_dict without the states: Megatron asks each for its own, and leaves these away."""
+    return torch.optim.Optimizer.state_dict(self) | {"state": {}}
+
+
+def load_groups(self, state_dict):
+    """FusedAdam's load_state_dict, of that; Megatron sets the states after it."""
+    torch.optim.Optimizer.load_state_dict(self, state_dict | {"state": {}})
