@@ -29,67 +29,22 @@ class SharedByReplicas(Callback):
 
 
 def parameters(optimizer):
-    """Of all its parameters: (number, parameter, owner, [(rank, first, last + 1)]: who has which elements of it).
+    """Of each: (number, parameter, owner, (first, last + 1) of its elements that are this rank's, or None).
 
-    The same on all replicas, whose ranks in `optimizer.data_parallel_group` count. Each owns about as many elements.
+    Numbers and owners are the same on all replicas, by their ranks in `optimizer.data_parallel_group`; each owns about
+    as many elements as another.
     """
-    ranks = range(optimizer.data_parallel_group.size())
-    owned, number = [0 for _ in ranks], 0
-    for buffer in optimizer.buffers:
-        for parameter, (start, end, index) in buffer.param_index_map.items():
-            bucket = buffer.buckets[index]
-            share = bucket.grad_data.numel() // len(ranks)  # of the bucket, a rank's
-            pieces = []
-            for rank in ranks:
-                first = bucket.offset + rank * share - start
-                piece = max(0, first), min(end - start, first + share)
-                pieces += [(rank, *piece)] if piece[0] < piece[1] else []
-            owner = owned.index(min(owned))
-            owned[owner] += end - start
-            yield number, parameter, owner, pieces
-            number += 1
-
-
-def gathered(piece, size, owner, pieces, group):
-    """The whole (size,) on `owner`, of the pieces that the ranks have, or of none; None elsewhere. On their device."""
-    rank, whole, transfers = group.rank(), None, []
-    if rank == owner:
-        whole = torch.empty(size, device=piece.device, dtype=piece.dtype)
-        for holder, first, end in pieces:
-            if holder == rank:
-                whole[first:end] = piece
-            else:
-                transfers.append((torch.distributed.irecv, whole[first:end], holder))
-    elif piece.numel():
-        transfers.append((torch.distributed.isend, piece, owner))
-    exchange(transfers, group)
-    return whole
-
-
-def scattered(whole, device, owner, pieces, group):
-    """This rank's piece of the `whole` that `owner` has; None if it has none. float32, on the device."""
-    rank, piece, transfers = group.rank(), None, []
-    for holder, first, end in pieces:
-        if holder == rank == owner:
-            piece = whole[first:end]
-        elif holder == rank:
-            piece = torch.empty(end - first, device=device)
-            transfers.append((torch.distributed.irecv, piece, owner))
-        elif rank == owner:
-            transfers.append((torch.distributed.isend, whole[first:end], holder))
-    exchange(transfers, group)
-    return piece
-
-
-def exchange(transfers, group):
-    """Sends and receives, (function, contiguous tensor, the other's rank in the group), all at once."""
-    if transfers:
-        operations = [
-            torch.distributed.P2POp(function, tensor, torch.distributed.get_global_rank(group, other), group)
-            for function, tensor, other in transfers
-        ]
-        for request in torch.distributed.batch_isend_irecv(operations):
-            request.wait()
+    shares = {}
+    for buffer in optimizer.gbuf_ranges:
+        for bucket in (bucket for buckets in buffer.values() for bucket in buckets):
+            shares |= {parameter: ranges["param"] for parameter, ranges in bucket["param_map"].items()}
+    owned = [0] * optimizer.data_parallel_group.size()
+    every = (parameter for buffer in optimizer.buffers for parameter in buffer.param_index_map)
+    for number, parameter in enumerate(every):
+        owner = owned.index(min(owned))
+        owned[owner] += parameter.numel()
+        share = shares.get(parameter)
+        yield number, parameter, owner, share and (share.start, share.end)
 
 
 @torch.no_grad()
@@ -97,30 +52,31 @@ def sharded_state(self, model_sharded_state_dict, is_loading=False, metadata=Non
     """DistributedOptimizer's sharded_param_state_fully_reshardable: {number: {state: ShardedTensor}} of what is owned.
 
     To be loaded, every rank asks for the smallest parameter as well: one that has nothing to load would be left out
-    where the others take their pieces of the rest.
+    where the others take their shares of the rest.
     """
     found, _ = extract_sharded_tensors_and_factories(model_sharded_state_dict)
     of_model = {sharded.data: sharded for sharded in nested_values(found)}
     group, every = self.data_parallel_group, list(parameters(self))
     smallest = min(every, key=lambda each: each[1].numel())[0]
-    torch.distributed.barrier(group)  # NCCL connects all ranks of a group at its first call only
     state = {}
-    for number, parameter, owner, pieces in every:
+    for number, parameter, owner, share in every:
         owns = group.rank() == owner
         if is_loading and (owns or number == smallest):
-            state[number] = {name: torch.empty(parameter.shape) for name in STATES}
+            state[number] = {name: torch.empty(parameter.shape, dtype=torch.float32) for name in STATES}
         elif not is_loading:
-            has = any(holder == group.rank() for holder, *_ in pieces)
-            own = self._get_main_param_and_optimizer_states(parameter) if has else {}
+            own = self._get_main_param_and_optimizer_states(parameter) if share else {}
             for name in STATES:
-                piece = (
-                    own[name].detach().to(parameter.device, torch.float32) if has else parameter.new_empty(0).float()
-                )
-                whole = gathered(piece, parameter.numel(), owner, pieces, group)
+                whole = torch.zeros(parameter.numel(), dtype=torch.float32, device=parameter.device)
+                if share:
+                    whole[slice(*share)] = own[name].detach()
+                # The sum of its bits, of which all but one rank have zeros.
+                destination = torch.distributed.get_global_rank(group, owner)
+                torch.distributed.reduce(whole.view(torch.int32), destination, group=group)
                 if owns:
                     state.setdefault(number, {})[name] = whole.view(parameter.shape).to("cpu", copy=True)
+        main = owns and not self.distributed_optimizer_instance_id
         for name, tensor in state.get(number, {}).items():
-            state[number][name] = as_sharded(name, tensor, of_model[parameter], main=owns)
+            state[number][name] = as_sharded(name, tensor, of_model[parameter], main)
     return state
 
 
@@ -139,13 +95,13 @@ def as_sharded(name, tensor, of_model, main):
 def load_state(self, state_dict):
     """DistributedOptimizer's load_parameter_state_from_fully_reshardable, of {number: {state: tensor}}."""
     group = self.data_parallel_group
-    torch.distributed.barrier(group)
-    for number, parameter, owner, pieces in parameters(self):
+    for number, parameter, owner, share in parameters(self):
         own = {}
         for name in STATES:
-            whole = None
+            whole = torch.empty(parameter.numel(), dtype=torch.float32, device=parameter.device)
             if group.rank() == owner:
-                whole = state_dict[number].pop(name).to(parameter.device).flatten()
-            own[name] = scattered(whole, parameter.device, owner, pieces, group)
-        if own["param"] is not None:
+                whole.copy_(state_dict[number].pop(name).flatten())
+            torch.distributed.broadcast(whole, torch.distributed.get_global_rank(group, owner), group=group)
+            own[name] = whole[slice(*share)].clone() if share else None
+        if share:
             self._set_main_param_and_optimizer_states(parameter, own)
