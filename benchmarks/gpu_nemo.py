@@ -301,7 +301,7 @@ CHANGES = {
     "no_guard": without("LossGuard"),
     "quiet": without("Progress", "TimingCallback"),
     "idle": callback(gpu_trials.Idle),
-    "segments": environment(PYTORCH_CUDA_ALLOC_CONF="expandable_segments:True"),
+    "segments": lambda recipe: torch.cuda.memory._set_allocator_settings("expandable_segments:True"),
     "connections": environment(CUDA_DEVICE_MAX_CONNECTIONS="8"),
     "fuser": config(use_transformer_engine_op_fuser=True),
     "lora_fuser": callback(gpu_trials.FuseLoRA),

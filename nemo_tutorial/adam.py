@@ -24,7 +24,8 @@ class SmallStates(Callback):
         if compat.replace(DistributedOptimizer, "_get_main_param_and_optimizer_states", states):
             compat.replace(DistributedOptimizer, "_set_main_param_and_optimizer_states", set_states)
         FusedAdam.step = in_parts(FusedAdam.step)
-        FusedAdam.state_dict, FusedAdam.load_state_dict = groups, load_groups
+        FusedAdam.state_dict = groups(FusedAdam.state_dict)
+        FusedAdam.load_state_dict = load_groups(FusedAdam.load_state_dict)
 
 
 def master_weights(weights, remainders):
@@ -48,22 +49,25 @@ def remainders(weights, masters):
 
 
 def _weights(optimizer, model_param):
+    """The rank's own part of a parameter, if Adam keeps remainders of it: of bf16, not of FP8; else None."""
     group, order = optimizer.model_param_group_index_map[model_param]
-    return optimizer.optimizer.param_groups[group]["params"][order].detach()
+    weights = optimizer.optimizer.param_groups[group]["params"][order].detach()
+    kept = getattr(optimizer.optimizer, "store_param_remainders", False)
+    return weights if kept and type(weights) is torch.Tensor and weights.dtype == torch.bfloat16 else None
 
 
 def states(self, model_param):
     """DistributedOptimizer's _get_main_param_and_optimizer_states, with the whole float32 weights."""
-    found = STOCK_GET(self, model_param)
-    if found["param"].dtype == torch.int16:
-        found["param"] = master_weights(_weights(self, model_param), found["param"])
+    found, weights = STOCK_GET(self, model_param), _weights(self, model_param)
+    if weights is not None:
+        found["param"] = master_weights(weights, found["param"])
     return found
 
 
 def set_states(self, model_param, tensors):
     """DistributedOptimizer's _set_main_param_and_optimizer_states, of whole float32 weights."""
     weights = _weights(self, model_param)
-    if getattr(self.optimizer, "store_param_remainders", False) and weights.dtype == torch.bfloat16:
+    if weights is not None:
         tensors = tensors | {"param": remainders(weights, tensors["param"].to(weights.device))}
     STOCK_SET(self, model_param, tensors)
 
@@ -101,11 +105,23 @@ def parts(parameters, limit):
         yield part
 
 
-def groups(self):
-    """FusedAdam's state_dict without the states: Megatron asks each for its own, and leaves these away."""
-    return torch.optim.Optimizer.state_dict(self) | {"state": {}}
+def groups(stock):
+    """FusedAdam's `state_dict`, without the states: Megatron asks each for its own, and leaves these away."""
+
+    def state_dict(self):
+        if not self.master_weights:  # Megatron's own, as with most recipes of FP8: it copies into states that are there
+            return stock(self)
+        return torch.optim.Optimizer.state_dict(self) | {"state": {}}
+
+    return state_dict
 
 
-def load_groups(self, state_dict):
-    """FusedAdam's load_state_dict, of that; Megatron sets the states after it."""
-    torch.optim.Optimizer.load_state_dict(self, state_dict | {"state": {}})
+def load_groups(stock):
+    """FusedAdam's `load_state_dict`, of that; Megatron sets the states after it."""
+
+    def load_state_dict(self, state_dict):
+        if not self.master_weights:
+            return stock(self, state_dict)
+        return torch.optim.Optimizer.load_state_dict(self, state_dict | {"state": {}})
+
+    return load_state_dict

@@ -126,3 +126,26 @@ def test_a_group_counts_its_steps_once():
     for _ in range(2):
         adam.in_parts(step, 10)(optimizer)
     assert counts == [1, 1, 2, 2] and groups[0]["step"] == 2 and "step" not in groups[1]
+
+
+def test_megatron_gets_no_states_and_sets_them_itself():
+    """Where Adam has the float32 weights; where Megatron has them, the states are given and taken as ever."""
+    import torch
+
+    from nemo_tutorial import adam
+
+    class Adam(torch.optim.AdamW):
+        state_dict = adam.groups(torch.optim.AdamW.state_dict)
+        load_state_dict = adam.load_groups(torch.optim.AdamW.load_state_dict)
+
+    for master_weights in (True, False):
+        weight = torch.ones(4, requires_grad=True)
+        optimizer = Adam([weight], lr=0.5)
+        optimizer.master_weights = master_weights
+        weight.sum().backward()
+        optimizer.step()
+        saved = optimizer.state_dict()
+        assert bool(saved["state"]) != master_weights and saved["param_groups"][0]["lr"] == 0.5
+        saved["param_groups"][0]["lr"] = 0.25
+        optimizer.load_state_dict(saved)
+        assert bool(optimizer.state) != master_weights and optimizer.param_groups[0]["lr"] == 0.25
