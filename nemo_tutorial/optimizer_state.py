@@ -93,8 +93,12 @@ def as_sharded(name, tensor, of_model, main):
 
 @torch.no_grad()
 def load_state(self, state_dict):
-    """DistributedOptimizer's load_parameter_state_from_fully_reshardable, of {number: {state: tensor}}."""
+    """DistributedOptimizer's load_parameter_state_from_fully_reshardable, of {number: {state: tensor}}.
+
+    Raises ValueError, on all replicas, if the float32 weights are not those of the model, which is loaded by then.
+    """
     group = self.data_parallel_group
+    wrong = torch.zeros(1, device=next(parameters(self))[1].device)
     for number, parameter, owner, share in parameters(self):
         own = {}
         for name in STATES:
@@ -104,4 +108,16 @@ def load_state(self, state_dict):
             torch.distributed.broadcast(whole, torch.distributed.get_global_rank(group, owner), group=group)
             own[name] = whole[slice(*share)].clone() if share else None
         if share:
+            if type(parameter.detach()) is torch.Tensor:  # not in FP8
+                rounded = own["param"].to(parameter.dtype)
+                off = (rounded != parameter.detach().flatten()[slice(*share)]).float().mean()
+                wrong = wrong.maximum(off)  # a half may be rounded either way
             self._set_main_param_and_optimizer_states(parameter, own)
+    torch.distributed.all_reduce(wrong, op=torch.distributed.ReduceOp.MAX, group=group)
+    if wrong > 0.01:
+        raise ValueError(
+            "the optimizer's float32 weights in the checkpoint are not those of its model: NeMo, or these scripts before "
+            "December 2026, saved it with a number of replicas that is no power of two, or with "
+            "--use_precision_aware_optimizer. Its model is right: begin another run with it, by another --experiment "
+            "and --nemo_model"
+        )

@@ -46,17 +46,6 @@ def test_weights_that_another_optimizer_rounded():
     assert back.bfloat16().equal(weights)
 
 
-def test_remainders_in_place_of_weights_are_refused():
-    """As checkpoints had them: numbers up to 32,768 instead of weights."""
-    import torch
-
-    from nemo_tutorial import adam
-
-    weights, kept = rounded(torch.randn(1000))
-    with pytest.raises(ValueError, match="not those of the model.*--experiment"):
-        adam.remainders(weights, kept.float())
-
-
 def test_a_checkpoint_has_weights_and_is_loaded_from_them(monkeypatch):
     """Megatron's two functions, of a parameter of which Adam keeps remainders, and of one of which it does not."""
     import torch

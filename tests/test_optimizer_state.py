@@ -40,3 +40,14 @@ def test_replicas_go_on(root, tmp_path, monkeypatch):
     for count, way, off in ((3, "ours", 0), (2, "ours", 0.01), (1, "stock", 0.01)):
         loaded = replicas.launch(way, count, 200, 6, "--load", tmp_path / "checkpoint")
         assert loaded["losses"] == pytest.approx(saved["losses"], rel=off), (count, way)
+
+
+def test_states_that_are_mixed_up_are_refused(root, tmp_path, monkeypatch):
+    """As Megatron saves those of three replicas."""
+    monkeypatch.syspath_prepend(root / "benchmarks")
+    import replicas
+
+    (tmp_path / "checkpoint").mkdir()
+    replicas.launch("stock", 3, 200, 6, "--save", tmp_path / "checkpoint")
+    with pytest.raises(RuntimeError, match="not those of its model.*--experiment"):
+        replicas.launch("ours", 1, 200, 6, "--load", tmp_path / "checkpoint")
