@@ -116,8 +116,8 @@ def load_state(self, state_dict):
     torch.distributed.all_reduce(wrong, op=torch.distributed.ReduceOp.MAX, group=group)
     if wrong > 0.01:
         raise ValueError(
-            "the optimizer's float32 weights in the checkpoint are not those of its model: NeMo, or these scripts before "
-            "December 2026, saved it with a number of replicas that is no power of two, or with "
+            "the optimizer's float32 weights in the checkpoint are not those of its model: NeMo, or these scripts "
+            "before December 2026, saved it with a number of replicas that is no power of two, or with "
             "--use_precision_aware_optimizer. Its model is right: begin another run with it, by another --experiment "
             "and --nemo_model"
         )
