@@ -22,9 +22,8 @@ from pathlib import Path
 # Nothing is installed: make the repository root importable, wherever the script is started from.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from nemo_tutorial import terminal
+from nemo_tutorial import executors, terminal
 
-ROOT = Path(__file__).resolve().parents[1]
 FORMAT = {"distrib_optim_sharding_type": "fully_reshardable"}
 
 
@@ -41,8 +40,8 @@ def parse_args(argv=None):
 
 def launch(way, replicas, hidden, layers, *what, timeout=600):
     """What the first rank prints: its losses, if a bucket is padded; of a save the most of any rank in MB, and s."""
-    paths = [str(ROOT / "nemo_tutorial/no_gpu"), *filter(None, [os.environ.get("PYTHONPATH")])]
-    env = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+    of_ranks = argparse.Namespace(accelerator="cpu", num_gpus=replicas)
+    env = os.environ | executors.environment(of_ranks)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(replicas)]
     command += [__file__, "--ways", way, "--hidden", str(hidden), "--layers", str(layers), *map(str, what)]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=timeout)
@@ -92,9 +91,13 @@ def rank(args):
         optimizer_state.SharedByReplicas().setup(None, None, "fit")
     torch.manual_seed(1 if args.save else 2)
     config = TransformerConfig(num_layers=1, hidden_size=args.hidden, num_attention_heads=1, bf16=True)
-    buckets = {"overlap_grad_reduce": True, "bucket_size": 2 * args.hidden**2, "grad_reduce_in_fp32": True}
-    buckets = DistributedDataParallelConfig(use_distributed_optimizer=True, **buckets)
-    ddp = DistributedDataParallel(config, buckets, Net().bfloat16())
+    replicas = DistributedDataParallelConfig(
+        use_distributed_optimizer=True,
+        overlap_grad_reduce=True,
+        bucket_size=2 * args.hidden**2,
+        grad_reduce_in_fp32=True,
+    )
+    ddp = DistributedDataParallel(config, replicas, Net().bfloat16())
     adam = OptimizerConfig(optimizer="adam", lr=1e-2, bf16=True, use_distributed_optimizer=True)
     optimizer = get_megatron_optimizer(adam, [ddp])
     replica = (0, 0, dist.get_rank())

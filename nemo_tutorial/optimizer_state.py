@@ -97,9 +97,9 @@ def load_state(self, state_dict):
 
     Raises ValueError, on all replicas, if the float32 weights are not those of the model, which is loaded by then.
     """
-    group = self.data_parallel_group
-    wrong = torch.zeros(1, device=next(parameters(self))[1].device)
-    for number, parameter, owner, share in parameters(self):
+    group, every = self.data_parallel_group, list(parameters(self))
+    wrong = torch.zeros(1, device=every[0][1].device)
+    for number, parameter, owner, share in every:
         own = {}
         for name in STATES:
             whole = torch.empty(parameter.numel(), dtype=torch.float32, device=parameter.device)

@@ -147,6 +147,8 @@ def test_the_bytes_of_what_is_trained(shape, flags):
     assert (one.step, full.step, lean.step) == (0, 0, 8 * model.vocab_size * model.hidden_size)
     small = estimate(model, flags(f"-G 8 -T 8 --use_precision_aware_optimizer {dtypes}"))
     assert small.step == 8 * memory.STEPPED
+    short = estimate(model, flags(f"-G 1 -s 128 --recompute full --use_precision_aware_optimizer {dtypes}"))
+    assert short.allocated == 10 * count + short.step > 10 * count + short.activations  # in their place
 
 
 def test_placeholders_of_summed_gradients(shape, flags):
