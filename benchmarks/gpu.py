@@ -36,7 +36,7 @@ from pathlib import Path
 # Nothing is installed: make the repository root importable, wherever the script is started from.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from nemo_tutorial import compat, preflight, terminal
+from nemo_tutorial import preflight, terminal
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -58,7 +58,7 @@ ROWS = {
     ),
     "1b-8192-fp8": (
         {"model": "1b", "kind": "pretrain", "seq": 8192, "gbs": 16},
-        ("stock+mbs2+fp8_current", "ours+fp8_current", "ours+fp8_delayed"),
+        ("stock+mbs2+fp8_current", "ours+mbs4", "ours+mbs4+fp8_current", "ours+mbs4+fp8_delayed"),
     ),
     # Micro batches of four take more than 80 GB.
     "3b-4096": (
@@ -226,7 +226,7 @@ LAYOUT_MODELS = (
     ("8b", "pretrain", 8192, 4, "+mbs1"),
     ("8b", "sft", 4096, 8, "+mbs1"),
 )
-REHEARSED_LAYOUTS = (("tiny", "pretrain", 128, 4, "+mbs1"),)  # without a GPU
+REHEARSED_LAYOUTS = (("tiny", "pretrain", 128, 4, "+mbs1"), ("tiny", "sft", 256, 4, "+packed_2"))  # without a GPU
 # Fifty steps of the same samples in every layout: are the losses as near to one GPU's as those of other weights are?
 LAYOUT_PARITY = {"kind": "pretrain", "gbs": 8, "steps": 48, "warmup": 2, "lr": 3e-4}
 SEEDS = 4  # of one GPU; each layout draws its initial weights in its own order
@@ -355,12 +355,12 @@ class Processes:
         ranks, self.waiting = self.waiting[:world], self.waiting[world:] + [self.started() for _ in range(world)]
         shared = {"WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "GROUP_RANK": 0, "MASTER_ADDR": "127.0.0.1"}
         shared |= {"MASTER_PORT": free_port(), "TORCHELASTIC_RUN_ID": "benchmark"}  # Lightning asks for it
-        answers = {}
+        answers, folder = {}, tempfile.mkdtemp()
         try:
             for number, rank in enumerate(ranks):
                 own = shared | {"RANK": number, "LOCAL_RANK": number} if world > 1 else {}
                 with contextlib.suppress(BrokenPipeError):
-                    rank.stdin.write(json.dumps({"cell": cell, "environment": own}) + "\n")
+                    rank.stdin.write(json.dumps({"cell": cell, "environment": own, "folder": folder}) + "\n")
                     rank.stdin.flush()
             while len(answers) < world:
                 # Those that have measured answer together; where one has failed, the others may wait for ever.
@@ -374,6 +374,7 @@ class Processes:
         finally:
             for rank in ranks:
                 end(rank)
+            shutil.rmtree(folder, ignore_errors=True)
         if not answers:
             return {"error": "stopped: its time was up"}
         return together([answers.get(rank) for rank in ranks])
@@ -413,7 +414,6 @@ def serve(args):
     if args.serve == "ceilings":
         import gpu_measure as stack
     elif args.serve == "nemo":
-        compat.wait_for_build()  # the processes that were not needed any more were killed while they imported
         if args.accelerator == "cpu":
             import nemo_tutorial.cpu  # noqa: F401  patches NeMo
         import gpu_nemo as stack
@@ -425,15 +425,14 @@ def serve(args):
     task = json.loads(line)
     cell = task["cell"]
     os.environ.update({name: str(value) for name, value in task["environment"].items()})
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            os.chdir(folder)
-            print(f"\n=== {cell.get('row')} {cell.get('name')} ===", file=sys.stderr, flush=True)
-            row = stack.measure(cell, tokenizer(folder)) if "row" in cell else stack.ceilings()
-        except BaseException as error:  # whatever it is, it is this cell's result
-            traceback.print_exc()
-            row = {"error": f"{type(error).__name__}: {error}".replace("\n", " ")[:400]}
-        os.chdir("/")
+    try:
+        os.chdir(task["folder"])  # the same for all ranks
+        print(f"\n=== {cell.get('row')} {cell.get('name')} ===", file=sys.stderr, flush=True)
+        row = stack.measure(cell, tokenizer(tempfile.mkdtemp(dir="."))) if "row" in cell else stack.ceilings()
+    except BaseException as error:  # whatever it is, it is this cell's result
+        traceback.print_exc()
+        row = {"error": f"{type(error).__name__}: {error}".replace("\n", " ")[:400]}
+    os.chdir("/")
     answer.write(json.dumps(row) + "\n")
     answer.flush()
     os._exit(0)  # no clean-up: it would wait for communicators and threads
@@ -441,7 +440,7 @@ def serve(args):
 
 def tokenizer(folder):
     """A folder with a tokenizer of few words: random tokens need none, NeMo does."""
-    path = Path(folder, "tokenizer")
+    path = Path(folder, "tokenizer").absolute()
     path.mkdir()
     words = ["<s>", "</s>", "<unk>", *(f"w{number}" for number in range(1000))]
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)

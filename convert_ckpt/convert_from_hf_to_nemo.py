@@ -81,7 +81,6 @@ def main(argv=None):
     if args.dry_run == "plan":
         return
 
-    compat.wait_for_build()
     from nemo_tutorial import conversion
 
     if args.dry_run == "full":

@@ -18,7 +18,7 @@ from pathlib import Path
 # Nothing is installed: make the repository root importable, wherever the script is started from.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from nemo_tutorial import arguments, checkpoints, compat, hub, models, preflight, runs, terminal, trust
+from nemo_tutorial import arguments, checkpoints, hub, models, preflight, runs, terminal, trust
 
 
 def parse_args(argv=None):
@@ -124,7 +124,6 @@ def main(argv=None):
     if args.dry_run == "plan":
         return
 
-    compat.wait_for_build()
     from nemo_tutorial import conversion
 
     if args.dry_run == "full":

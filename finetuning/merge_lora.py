@@ -16,7 +16,7 @@ from pathlib import Path
 # Nothing is installed: make the repository root importable, wherever the script is started from.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from nemo_tutorial import arguments, checkpoints, compat, models, preflight, terminal, trust
+from nemo_tutorial import arguments, checkpoints, models, preflight, terminal, trust
 
 
 def parse_args(argv=None):
@@ -79,7 +79,6 @@ def main(argv=None):
     if args.dry_run:
         return
 
-    compat.wait_for_build()
     from nemo_tutorial import adapters
 
     began = time.monotonic()

@@ -7,6 +7,11 @@ import those late.
 
 import os
 
+from nemo_tutorial import compat
+
 # NeMo-Run reads this once, when it is first imported, and NeMo imports it: set it before either.
 # Experiments then lie in ./experiments, where the user works, instead of the home folder.
 os.environ.setdefault("NEMORUN_HOME", os.getcwd())
+
+# Each process of ours that imports NeMo comes by here before, the ranks too: NeMo-Run loads the script there first.
+compat.leave_out_allocator()

@@ -1,14 +1,8 @@
 """The only place that asks which version or feature is there."""
 
-import contextlib
 import inspect
-import os
 import sys
-import time
-from pathlib import Path
-
-BUILDING = 180  # seconds after which a build that goes on is none any more; here one took half a minute
-LOOKING = 15  # and after which a look at what is built already is none: it takes a second
+import types
 
 
 def supported(function, **kwargs):
@@ -26,43 +20,16 @@ def replace(owner, name, ours):
     return bool(same)
 
 
-def wait_for_build():
-    """To be called before NeMo is imported: where CUDA's compiler is, Megatron 0.15 then builds an allocator, once.
+def leave_out_allocator():
+    """To be called before NeMo is imported: Megatron 0.15 would build an allocator for inference, unused here.
 
-    Each import takes torch's lock, if only to see that it is built. A process that is killed meanwhile leaves it, and
-    whoever imports NeMo after it waits for ever, without a word. So wait here for a lock that is young, and remove one
-    that is old.
+    Where CUDA's compiler is, that takes 17 s (H200's host) for each new home folder, and a process that is killed
+    meanwhile leaves torch's lock, for which whoever imports NeMo after it waits for ever, without a word.
     """
-    choose_architecture()
-    root = os.environ.get("TORCH_EXTENSIONS_DIR")
-    pattern = "managed_alloc_runtime/lock"
-    if not root:
-        root = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "torch_extensions"
-        pattern = f"*/{pattern}"
-    for lock in Path(root).glob(pattern):
-        said = False
-        with contextlib.suppress(FileNotFoundError):
-            while time.time() - lock.stat().st_mtime < (LOOKING if _is_built(lock.parent) else BUILDING):
-                if not said:
-                    print(f"waiting for another process, which compiles for NeMo: {lock}", file=sys.stderr, flush=True)
-                    said = True
-                time.sleep(0.5)
-            lock.unlink()
-            print(f"removed {lock}: the process that compiled for NeMo was killed", file=sys.stderr, flush=True)
-
-
-def _is_built(folder):
-    """Whether the newest of a build's files is the library, ninja's own (.ninja_log) left out."""
-    files = [path for path in folder.iterdir() if path.name != "lock" and not path.name.startswith(".")]
-    return bool(files) and max(files, key=lambda path: path.stat().st_mtime).suffix == ".so"
-
-
-def choose_architecture():
-    """Say what that allocator is built for, where torch would ask GPUs of which there is none: IndexError."""
-    import torch
-
-    if not torch.cuda.is_available():
-        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "9.0")
+    if version("megatron-core").startswith("0.15."):
+        module = types.ModuleType("megatron.core.inference.unified_memory")
+        module.has_unified_memory, module.create_unified_mempool = False, None
+        sys.modules.setdefault(module.__name__, module)
 
 
 def fp8_plugin(recipe):
@@ -98,14 +65,17 @@ def counts_tokens():
     return "num_valid_tokens" in MaskedTokenLossReduction.forward.__code__.co_varnames
 
 
-def versions():
-    """Versions of what a run depends on; a missing package is left out."""
+def version(package):
+    """Its version; "" if it is missing."""
     from importlib import metadata
 
-    found = {}
-    for name in ("nemo_toolkit", "nemo_run", "megatron-core", "torch", "transformer_engine", "transformers"):
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            pass
-    return found
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+def versions():
+    """Versions of what a run depends on; a missing package is left out."""
+    names = ("nemo_toolkit", "nemo_run", "megatron-core", "torch", "transformer_engine", "transformers")
+    return {name: found for name in names if (found := version(name))}

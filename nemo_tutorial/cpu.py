@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._device import _device_constructors
 
-from nemo_tutorial import compat, products
+from nemo_tutorial import products
 
 # Megatron's config: its checks refuse these kernels where there is neither CUDA nor Transformer Engine.
 NO_FUSION = {
@@ -416,7 +416,6 @@ if not torch.cuda.is_available():
     # In the NeMo container, on a machine without a GPU, Megatron would take these layers: they run on GPUs only.
     for name in ("transformer_engine", "apex"):
         sys.modules.setdefault(name, None)
-    compat.choose_architecture()
     _patch_torch()
     if products.are_slow():  # they were nine tenths of the tiny model's step
         products.compute_in_float32()

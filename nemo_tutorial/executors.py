@@ -73,7 +73,6 @@ def launch(recipe, args, name):
         return slurm.launch(serialized(recipe), args, name, environment(args))
     import nemo_run as run
 
-    compat.wait_for_build()  # of a start before, which failed
     executor, interrupted, title = local(args), [], args.experiment
     if args.num_nodes > 1 and os.environ["NODE_RANK"] != "0":
         title += f"_node{os.environ['NODE_RANK']}"  # NeMo-Run's folder is named by the second, and so would be the same

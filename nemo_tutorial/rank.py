@@ -11,7 +11,7 @@ from pathlib import Path
 # The code that travels with the job, whatever lies in the folder that the job runs in.
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from nemo_tutorial import compat, faults, network  # noqa: E402
+from nemo_tutorial import faults, network  # noqa: E402
 
 
 def as_torchrun():
@@ -51,7 +51,6 @@ def main(recipe, check_network):
     if os.environ["RANK"] == "0":
         faults.remove_unfinished(Path(recipe).parents[1])  # of a start whose node was lost
 
-    compat.wait_for_build()
     import fiddle as fdl
     from nemo_run.config import Partial
     from nemo_run.core.serialization.zlib_json import ZlibJSONSerializer

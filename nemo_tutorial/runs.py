@@ -431,7 +431,6 @@ def start(args, stage, source, build_recipe, prepare=None):
     if args.executor == "local" and args.num_nodes > 1 and args.check_network:
         _meet(args, network.SECONDS)
     began = time.monotonic()
-    compat.wait_for_build()
     from nemo_tutorial import executors, recipes
 
     try:

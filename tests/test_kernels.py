@@ -419,3 +419,40 @@ def test_apex_keeps_its_own_sum(monkeypatch):
     config = config_of("Llama32Config1B", gradient_accumulation_fusion=True)
     kernels.GradientsInProduct().setup(None, SimpleNamespace(config=config), "fit")
     assert kernels.layers.fused_weight_gradient_mlp_cuda == "Apex's"
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_casts_write_no_transposed_copies(fails):
+    """While weights are cast, and only then; also those of a quantizer that is made meanwhile. An error passes."""
+    from nemo_tutorial import kernels
+
+    written = []
+
+    class Quantizer:
+        columnwise_usage = True
+
+        def set_usage(self, columnwise):
+            self.columnwise_usage = columnwise
+
+        def update_quantized(self, source, *, noop_flag=None):
+            written.append((source, noop_flag, self.columnwise_usage))
+            if source == "wrong":
+                raise RuntimeError
+
+    def cast(sources, group=None):
+        for source in sources:
+            Quantizer().update_quantized(source, noop_flag=group)
+            kept.update_quantized(source, noop_flag=group)
+        return "done"
+
+    kept, stock = Quantizer(), Quantizer.update_quantized
+    ours = kernels.rowwise(cast, Quantizer)
+    if fails:
+        with pytest.raises(RuntimeError):
+            ours(["wrong"])
+    else:
+        assert ours(["a", "b"], group=1) == "done"
+        assert written == [(source, 1, False) for source in "aabb"]
+    assert Quantizer.update_quantized is stock and kept.columnwise_usage
+    kept.update_quantized("later")
+    assert written[-1] == ("later", None, True)

@@ -63,7 +63,8 @@ def one_process(stages):
     secrets = {"HF_TOKEN": CANARY, "WANDB_API_KEY": CANARY, "WANDB_BASE_URL": "http://127.0.0.1:9"}
     (stages / "prompts.txt").write_text("The river\n台灣最高的山是\n", encoding="utf-8")
     flags = ("--max_steps", 10, "--val_check_interval", 4, "--precision", "fp32", "--wandb", *ASK)
-    pretrain(stages, "one", *flags, WANDB_INIT_TIMEOUT="5", **secrets)
+    built = {"TORCH_EXTENSIONS_DIR": str(stages / "built")}
+    pretrain(stages, "one", *flags, WANDB_INIT_TIMEOUT="5", **secrets, **built)
     return metrics(stages, "one")
 
 
@@ -138,6 +139,11 @@ def test_no_token_in_any_file(stages, one_process):
     assert any("combined.log" in file.name for file in files)
     for file in files:
         assert file.is_dir() or not any(spelling in file.read_bytes() for spelling in spellings), file
+
+
+def test_nothing_is_built(stages, one_process):
+    """Neither by the script nor by its rank, as they import NeMo: the folder is made first, with or without CUDA."""
+    assert not (stages / "built").exists()
 
 
 def test_resume_is_exact(stages, one_process):

@@ -70,6 +70,10 @@ def test_gradients_in_bf16_are_not_summed_in_products():
     assert "gradients" not in names(main_grads_dtype="bf16")
 
 
+def test_casts_are_of_fp8_weights_that_are_trained():
+    assert "casts" not in names() and "casts" in names(fp8=True) and "casts" not in names(fp8=True, peft="lora")
+
+
 def test_adapters_without_dropout_are_added_in_the_product():
     assert "adapter" in names(peft="lora", num_gpus=4)
     for flags in ({}, {"lora_dropout": 0.1}, {"tensor_model_parallel_size": 4, "num_gpus": 4}, {"peft": "dora"}):
