@@ -23,8 +23,8 @@ def replace(owner, name, ours):
 def leave_out_allocator():
     """To be called before NeMo is imported: Megatron 0.15 would build an allocator for inference, unused here.
 
-    Where CUDA's compiler is, that takes 17 s (H200's host) for each new home folder, and a process that is killed
-    meanwhile leaves torch's lock, for which whoever imports NeMo after it waits for ever, without a word.
+    Where CUDA's compiler is, that takes 12 to 17 s (H200's host), once a home folder or, where it fails, each time; and
+    a process that is killed meanwhile leaves torch's lock, for which all later imports wait for ever, without a word.
     """
     if version("megatron-core").startswith("0.15."):
         module = types.ModuleType("megatron.core.inference.unified_memory")
