@@ -54,7 +54,7 @@ def missing():
         if not shutil.which("apt-get"):
             return "Slurm is not installed, and there is no apt-get here"
         env = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
-        for words in (["update"], ["install", "-y", "--no-install-recommends", "slurm-wlm", "munge", "shellcheck"]):
+        for words in (["update"], ["install", "-y", "--no-install-recommends", "slurm-wlm", "munge"]):
             done = subprocess.run(["apt-get", "-q", *words], env=env, capture_output=True, text=True)
         if done.returncode or not all(map(shutil.which, PROGRAMS)):
             return f"Slurm can't be installed here: {(done.stderr.strip().splitlines() or ['?'])[-1]}"

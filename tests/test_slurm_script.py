@@ -117,12 +117,16 @@ def test_script_is_the_golden_one(container, nodes, parse, here, monkeypatch):
     assert path.stat().st_mode & 0o777 == 0o600 and path.parent.stat().st_mode & 0o777 == 0o700
 
 
-@pytest.mark.skipif(not shutil.which("shellcheck"), reason="there is no shellcheck here")
+SHELLCHECK = shutil.which("shellcheck", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
+
+
+@pytest.mark.skipif(not SHELLCHECK, reason="there is no shellcheck here")
 @pytest.mark.parametrize("files", ["golden", "stages"])
 def test_shellcheck_is_silent(files):
     found = sorted(GOLDEN.glob("*.sh") if files == "golden" else (ROOT / "slurm").glob("*.sh"))
     assert found
-    done = subprocess.run(["shellcheck", "--shell=bash", *found], capture_output=True, text=True)
+    unless = "--exclude=SC2329"  # a function that is never called: by traps
+    done = subprocess.run([SHELLCHECK, "--shell=bash", unless, *found], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
 
 
