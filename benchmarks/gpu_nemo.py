@@ -85,23 +85,28 @@ def counting_data_step(batches):
     return batch
 
 
+def write_rows(folder, seed):
+    """training.jsonl and validation.jsonl: rows of random words with the lengths of gpu_measure.lengths."""
+    folder.mkdir()
+    draw = random.Random(seed)
+    for name, count in (("training", 4096), ("validation", 64)):
+        with open(folder / f"{name}.jsonl", "w") as file:
+            for prompt, answer in gpu_measure.lengths(seed, count):
+                row = {"input": prompt, "output": answer}
+                row = {key: " ".join(f"w{draw.randrange(1000)}" for _ in range(size)) for key, size in row.items()}
+                file.write(json.dumps(row) + "\n")
+
+
 def instructions(packs):
-    """Rows of random words with the lengths of gpu_measure.lengths, in packs of so many times the sequence length.
+    """The rows of write_rows, in packs of so many times the sequence length.
 
     0: padded as NeMo does, to the longest of a micro batch.
     """
 
     def change(recipe):
         folder = Path("rows")
-        first = int(os.environ.get("LOCAL_RANK", 0)) == 0  # the others wait for what NeMo makes of them
-        draw = random.Random(recipe.data.seed)
-        for name, count in (("training", 4096), ("validation", 64)) if first else ():
-            folder.mkdir(exist_ok=True)
-            with open(folder / f"{name}.jsonl", "w") as file:
-                for prompt, answer in gpu_measure.lengths(recipe.data.seed, count):
-                    row = {"input": prompt, "output": answer}
-                    row = {key: " ".join(f"w{draw.randrange(1000)}" for _ in range(size)) for key, size in row.items()}
-                    file.write(json.dumps(row) + "\n")
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # the other ranks wait until NeMo has read them here
+            write_rows(folder, recipe.data.seed)
         size = recipe.data.seq_length
         if packs:
             options = {"micro_batch_size": 1, "global_batch_size": recipe.data.global_batch_size // packs}
