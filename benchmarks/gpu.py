@@ -58,7 +58,13 @@ ROWS = {
     ),
     "1b-8192-fp8": (
         {"model": "1b", "kind": "pretrain", "seq": 8192, "gbs": 16},
-        ("stock+mbs2+fp8_current", "ours+mbs4", "ours+mbs4+fp8_current", "ours+mbs4+fp8_delayed"),
+        (
+            "stock+mbs2+fp8_current",
+            "ours+mbs4",
+            "ours+mbs4+fp8_delayed",
+            "ours+mbs4+fp8_delayed+casts",
+            "ours+mbs4+fp8_current",
+        ),
     ),
     # Micro batches of four take more than 80 GB.
     "3b-4096": (

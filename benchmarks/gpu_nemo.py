@@ -308,6 +308,7 @@ CHANGES = {
     "no_guard": without("LossGuard"),
     "quiet": without("Progress", "TimingCallback"),
     "idle": callback(gpu_trials.Idle),
+    "casts": callback(gpu_trials.RowwiseCasts),
     "segments": lambda recipe: torch.cuda.memory._set_allocator_settings("expandable_segments:True"),
     "connections": environment(CUDA_DEVICE_MAX_CONNECTIONS="8"),
     "fuser": config(use_transformer_engine_op_fuser=True),

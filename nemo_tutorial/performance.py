@@ -74,12 +74,6 @@ SETTINGS = [
         callback="kernels.GradientsInProduct",
     ),
     Setting(
-        "casts",
-        "FP8 weights are written as the optimizer's are cast, without transposed copies that nothing reads",
-        lambda args: args.fp8 and not args.peft,
-        callback="kernels.RowwiseCasts",
-    ),
-    Setting(
         "one replica",
         "nothing to overlap or to average with one data-parallel replica; NaN is looked for once a step, not a bucket",
         # Not of gradients in bf16: see recipes.set_memory.
