@@ -23,6 +23,7 @@ class SmallStates(Callback):
 
         if compat.replace(DistributedOptimizer, "_get_main_param_and_optimizer_states", states):
             compat.replace(DistributedOptimizer, "_set_main_param_and_optimizer_states", set_states)
+        DistributedOptimizer.load_state_dict = with_states(DistributedOptimizer.load_state_dict, FusedAdam)
         FusedAdam.step = in_parts(FusedAdam.step)
         FusedAdam.state_dict = groups(FusedAdam.state_dict)
         FusedAdam.load_state_dict = load_groups(FusedAdam.load_state_dict)
@@ -96,6 +97,24 @@ def parts(parameters, limit):
         yield part
 
 
+def with_states(load, adam):
+    """DistributedOptimizer's `load_state_dict`, for which an optimizer of class `adam` makes its states before.
+
+    In place of states that are not there Megatron makes others, on the GPU, and drops them after these are set.
+    """
+
+    def load_state_dict(self, state_dict):
+        inner = self.optimizer
+        if isinstance(inner, adam) and inner.master_weights:
+            for parameter in (parameter for group in inner.param_groups for parameter in group["params"]):
+                if not inner.state[parameter]:
+                    kept = inner.store_param_remainders and parameter.dtype == torch.bfloat16
+                    inner.initialize_state(parameter, kept)
+        load(self, state_dict)
+
+    return load_state_dict
+
+
 def groups(stock):
     """FusedAdam's `state_dict`, without the states: Megatron asks each for its own, and leaves these away."""
 
@@ -108,11 +127,13 @@ def groups(stock):
 
 
 def load_groups(stock):
-    """FusedAdam's `load_state_dict`, of that; Megatron sets the states after it."""
+    """FusedAdam's `load_state_dict`, of that: the states stay, and Megatron sets each after it."""
 
     def load_state_dict(self, state_dict):
         if not self.master_weights:
             return stock(self, state_dict)
-        return torch.optim.Optimizer.load_state_dict(self, state_dict | {"state": {}})
+        states = self.state
+        torch.optim.Optimizer.load_state_dict(self, state_dict | {"state": {}})
+        self.state = states
 
     return load_state_dict

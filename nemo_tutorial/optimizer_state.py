@@ -27,6 +27,10 @@ class SharedByReplicas(Callback):
         compat.replace(DistributedOptimizer, "sharded_param_state_fully_reshardable", sharded_state)
         compat.replace(DistributedOptimizer, "load_parameter_state_from_fully_reshardable", load_state)
 
+    def on_load_checkpoint(self, trainer, pl_module, checkpoint):
+        # The model has its weights by now: those that other replicas read are there twice, while the states are loaded.
+        checkpoint.pop("state_dict", None)
+
 
 def parameters(optimizer):
     """Of each: (number, parameter, owner, (first, last + 1) of its elements that are this rank's, or None).

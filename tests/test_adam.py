@@ -118,7 +118,7 @@ def test_a_group_counts_its_steps_once():
 
 
 def test_megatron_gets_no_states_and_sets_them_itself():
-    """Where Adam has the float32 weights; where Megatron has them, the states are given and taken as ever."""
+    """Where Adam has the float32 weights: they stay as they are. Where Megatron has them, they go there and back."""
     import torch
 
     from nemo_tutorial import adam
@@ -133,8 +133,37 @@ def test_megatron_gets_no_states_and_sets_them_itself():
         optimizer.master_weights = master_weights
         weight.sum().backward()
         optimizer.step()
+        before = optimizer.state[weight]
         saved = optimizer.state_dict()
         assert bool(saved["state"]) != master_weights and saved["param_groups"][0]["lr"] == 0.5
         saved["param_groups"][0]["lr"] = 0.25
         optimizer.load_state_dict(saved)
-        assert bool(optimizer.state) != master_weights and optimizer.param_groups[0]["lr"] == 0.25
+        assert (optimizer.state[weight] is before) == master_weights and optimizer.param_groups[0]["lr"] == 0.25
+        assert optimizer.state[weight]["exp_avg"].equal(before["exp_avg"])
+
+
+@pytest.mark.parametrize("kind", ["Adam's", "Megatron's", "of another class"])
+def test_states_are_made_before_megatron_asks(kind):
+    """Of each parameter that has none, if Adam has the float32 weights; remainders of bf16 alone."""
+    import torch
+
+    from nemo_tutorial import adam
+
+    class Adam:
+        def __init__(self, master_weights):
+            self.master_weights, self.store_param_remainders, self.made = master_weights, True, []
+            self.weights = [torch.zeros(1), torch.zeros(1).bfloat16(), torch.zeros(1)]
+            self.param_groups = [{"params": self.weights[:2]}, {"params": self.weights[2:]}]
+            self.state = {weight: {} for weight in self.weights[:2]} | {self.weights[2]: {"exp_avg": 1}}
+
+        def initialize_state(self, parameter, remainders):
+            self.made.append((parameter, remainders))
+
+    inner, loaded = Adam(kind == "Adam's") if kind != "of another class" else SimpleNamespace(), []
+    optimizer = SimpleNamespace(optimizer=inner)
+    adam.with_states(lambda self, found: loaded.append((self, found)), Adam)(optimizer, "found")
+    assert loaded == [(optimizer, "found")]
+    if kind == "Adam's":
+        assert inner.made == [(inner.weights[0], False), (inner.weights[1], True)]
+    else:
+        assert not getattr(inner, "made", None)

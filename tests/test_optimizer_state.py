@@ -51,3 +51,43 @@ def test_states_that_are_mixed_up_are_refused(root, tmp_path, monkeypatch):
     replicas.launch("stock", 3, 200, 6, "--save", tmp_path / "checkpoint")
     with pytest.raises(RuntimeError, match="not those of its model.*--experiment"):
         replicas.launch("ours", 1, 200, 6, "--load", tmp_path / "checkpoint")
+
+
+def test_a_checkpoints_weights_are_gone_when_its_states_are_loaded(tmp_path):
+    """In Lightning's order: the model has them, then callbacks are asked, then the optimizer's states come."""
+    import lightning.pytorch as pl
+    import torch
+
+    from nemo_tutorial import optimizer_state
+
+    class Module(pl.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.found = torch.nn.Linear(2, 1), []
+
+        def configure_optimizers(self):
+            optimizer = torch.optim.AdamW(self.layer.parameters(), lr=0.1)
+            load = optimizer.load_state_dict
+            optimizer.load_state_dict = lambda state: (self.look(), load(state))
+            return optimizer
+
+        def look(self):
+            loaded = self.trainer._checkpoint_connector._loaded_checkpoint
+            self.found.append(("state_dict" in loaded, self.layer.weight.detach().clone()))
+
+        def training_step(self, batch, index):
+            return self.layer(batch).square().mean()
+
+    def fit(steps, **where):
+        module, callback = Module(), optimizer_state.SharedByReplicas()
+        callback.setup = lambda trainer, pl_module, stage: None  # which is for Megatron's
+        options = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+        trainer = pl.Trainer(max_steps=steps, callbacks=[callback], default_root_dir=tmp_path, **options)
+        trainer.fit(module, torch.utils.data.DataLoader(torch.ones(8, 2), batch_size=1), **where)
+        return trainer, module
+
+    trainer, first = fit(2)
+    trainer.save_checkpoint(tmp_path / "first.ckpt")
+    _, second = fit(4, ckpt_path=tmp_path / "first.ckpt")
+    [(there, weight)] = second.found
+    assert not there and weight.equal(first.layer.weight) and not second.layer.weight.equal(weight)
