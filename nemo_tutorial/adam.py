@@ -108,8 +108,9 @@ def with_states(load, adam):
         if isinstance(inner, adam) and inner.master_weights:
             for parameter in (parameter for group in inner.param_groups for parameter in group["params"]):
                 if not inner.state[parameter]:
-                    kept = inner.store_param_remainders and parameter.dtype == torch.bfloat16
-                    inner.initialize_state(parameter, kept)
+                    kept = getattr(inner, "store_param_remainders", False) and parameter.dtype == torch.bfloat16
+                    kept = compat.supported(adam.initialize_state, store_param_remainders=kept)  # a newer one's
+                    inner.initialize_state(parameter, **kept)
         load(self, state_dict)
 
     return load_state_dict

@@ -156,8 +156,8 @@ def test_states_are_made_before_megatron_asks(kind):
             self.param_groups = [{"params": self.weights[:2]}, {"params": self.weights[2:]}]
             self.state = {weight: {} for weight in self.weights[:2]} | {self.weights[2]: {"exp_avg": 1}}
 
-        def initialize_state(self, parameter, remainders):
-            self.made.append((parameter, remainders))
+        def initialize_state(self, param, store_param_remainders):
+            self.made.append((param, store_param_remainders))
 
     inner, loaded = Adam(kind == "Adam's") if kind != "of another class" else SimpleNamespace(), []
     optimizer = SimpleNamespace(optimizer=inner)
