@@ -36,7 +36,7 @@ from pathlib import Path
 # Nothing is installed: make the repository root importable, wherever the script is started from.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from nemo_tutorial import preflight, terminal
+from nemo_tutorial import compat, preflight, terminal
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -479,27 +479,12 @@ def save(path, results):
 
 def machine():
     """The GPU's name and the versions of what is measured."""
-    from importlib import metadata
-
-    versions = {}
-    for name in (
-        "torch",
-        "transformer_engine",
-        "nemo_toolkit",
-        "megatron-core",
-        "transformers",
-        "peft",
-        "liger_kernel",
-    ):
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            pass
+    measured = "torch transformer_engine nemo_toolkit megatron-core transformers peft liger_kernel"
     query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
     found = (
         subprocess.run(query, capture_output=True, text=True).stdout.strip() if shutil.which("nvidia-smi") else "CPU"
     )
-    return found.splitlines()[0], versions
+    return found.splitlines()[0], compat.versions(measured.split())
 
 
 def run(args):

@@ -75,7 +75,6 @@ def version(package):
         return ""
 
 
-def versions():
-    """Versions of what a run depends on; a missing package is left out."""
-    names = ("nemo_toolkit", "nemo_run", "megatron-core", "torch", "transformer_engine", "transformers")
-    return {name: found for name in names if (found := version(name))}
+def versions(packages=("nemo_toolkit", "nemo_run", "megatron-core", "torch", "transformer_engine", "transformers")):
+    """Versions, of what a run depends on or of `packages`; a missing package is left out."""
+    return {package: found for package in packages if (found := version(package))}

@@ -13,7 +13,7 @@ import re
 import stat
 from pathlib import Path
 
-from nemo_tutorial import pickles, terminal
+from nemo_tutorial import compat, pickles, terminal
 
 # What io.json may name: a module, and names in it. `*` is the rest of a word, `^` a class (a capital and the rest).
 # Modules stand with all of their classes where these only keep what they are given: settings, callbacks, schedules.
@@ -360,14 +360,8 @@ def _shown(names):
 
 def advisories():
     """The known advisories that the installed NeMo and Megatron-Core lack the fixes of, in a sentence; or None."""
-    import importlib.metadata  # here, as it takes a tenth of the time of --help
-
     rows = []
-    for package in dict.fromkeys(package for package, *_ in ADVISORIES):
-        try:
-            running = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
+    for package, running in compat.versions(dict.fromkeys(package for package, *_ in ADVISORIES)).items():
         missed = {}
         for other, fixed, _, numbers in ADVISORIES:
             if other == package and _release(running) < _release(fixed):

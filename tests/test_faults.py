@@ -630,11 +630,10 @@ def test_other_layouts_go_on(stages):
     moves = {"one_to_tp": (one, tp), "tp_to_pp": (tp, pp), "pp_to_dp": (pp, dp)}
     whole = Run(stages, "whole", *fp32, ranks=1, **exact)
     for part in (0, 1):
-        layouts = {name: move[part] for name, move in moves.items()}
-        runs = [
-            Run(stages, name, *fp32, "--exit_interval", 6, *layout, ranks=ranks, **exact)
-            for name, (layout, ranks) in layouts.items()
-        ]
+        runs = []
+        for name, move in moves.items():
+            layout, ranks = move[part]
+            runs.append(Run(stages, name, *fp32, "--exit_interval", 6, *layout, ranks=ranks, **exact))
         for run in runs:
             code, said = run.wait()
             assert code == 0, said[-3000:]
