@@ -62,7 +62,7 @@ ROWS = {
             "stock+mbs2+fp8_current",
             "ours+mbs4",
             "ours+mbs4+fp8_delayed",
-            "ours+mbs4+fp8_delayed+casts",
+            "ours+mbs4+fp8_delayed-casts",
             "ours+mbs4+fp8_current",
         ),
     ),
@@ -171,7 +171,18 @@ ROWS = {
     # The same at a rate at which rounding has less time to grow.
     "parity-slow": (
         {"model": "1b", "kind": "pretrain", "seq": 2048, "gbs": 8, "steps": 98, "warmup": 2, "lr": 1e-5},
-        ("stock", "stock+mbs2", "stock+mbs4", "stock seed 2", "stock seed 3", "ours", "ours+mbs2", "ours+mbs2+lean"),
+        (
+            "stock",
+            "stock+mbs2",
+            "stock+mbs4",
+            "stock seed 2",
+            "stock seed 3",
+            "ours",
+            "ours+mbs2",
+            "ours+mbs2+lean",
+            "ours+mbs2+fp8_delayed",
+            "ours+mbs2+fp8_delayed-casts",
+        ),
     ),
     # Of LoRA. NeMo rounds a layer's output before it adds an adapter's part, of which a small one is lost then.
     "parity-lora": (

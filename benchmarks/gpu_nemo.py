@@ -20,12 +20,11 @@ from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTo
 from nemo.collections.llm.gpt.data.mock import MockDataModule
 from nemo.collections.llm.gpt.data.packed_sequence import PackedSequenceSpecs
 from nemo.collections.llm.gpt.model.base import gpt_data_step
-from nemo.collections.llm.recipes.precision import mixed_precision
 from nemo.lightning import megatron_init
 from nemo.lightning.pytorch.callbacks import GarbageCollectionCallback
 from nemo.lightning.pytorch.callbacks.megatron_comm_overlap import MegatronCommOverlapCallback
 
-from nemo_tutorial import performance, recipes
+from nemo_tutorial import compat, performance, recipes
 
 ROOT = Path(__file__).resolve().parents[1]
 MODELS = {  # name -> (NeMo's config, NeMo's recipe, changed sizes)
@@ -194,9 +193,15 @@ def ddp(**values):
     return change
 
 
-def precision(factory, **values):
+FP8 = {"delayed": "delayed_scaling", "current": "current_scaling", "block": "subchannel_scaling"}
+
+
+def fp8(recipe_name, **values):
+    """NeMo's plugin of that recipe for stock, which ours has by its own flags (see flags); then what is asked of it."""
+
     def change(recipe):
-        recipe.trainer.plugins = getattr(mixed_precision, factory)()
+        if not getattr(recipe.trainer.plugins, "fp8", None):
+            recipe.trainer.plugins = compat.fp8_plugin(recipe_name)
         for name, value in values.items():
             setattr(recipe.trainer.plugins, name, value)
 
@@ -308,7 +313,6 @@ CHANGES = {
     "no_guard": without("LossGuard"),
     "quiet": without("Progress", "TimingCallback"),
     "idle": callback(gpu_trials.Idle),
-    "casts": callback(gpu_trials.RowwiseCasts),
     "segments": lambda recipe: torch.cuda.memory._set_allocator_settings("expandable_segments:True"),
     "connections": environment(CUDA_DEVICE_MAX_CONNECTIONS="8"),
     "fuser": config(use_transformer_engine_op_fuser=True),
@@ -319,12 +323,10 @@ CHANGES = {
     "recompute_mlp": config(recompute_granularity="selective", recompute_modules=["mlp"]),
     "recompute_full": recompute(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1),
     "recompute_half": recompute(recompute_granularity="full", recompute_method="block", recompute_num_layers=16),
-    "fp8_delayed": precision("bf16_with_fp8_mixed"),
-    "fp8_current": precision("bf16_with_fp8_current_scaling_mixed"),
-    "fp8_block": precision("bf16_with_fp8_subchannel_scaling_mixed"),
-    "fp8_current_all": precision("bf16_with_fp8_current_scaling_mixed", first_last_layers_bf16=False),
-    "fp8_current_nogather": precision("bf16_with_fp8_current_scaling_mixed", fp8_param_gather=False),
-    "fp8_delayed_nogather": precision("bf16_with_fp8_mixed", fp8_param_gather=False),
+    **{f"fp8_{name}": fp8(recipe_name) for name, recipe_name in FP8.items()},
+    "fp8_current_all": fp8("current_scaling", first_last_layers_bf16=False),
+    "fp8_current_nogather": fp8("current_scaling", fp8_param_gather=False),
+    "fp8_delayed_nogather": fp8("delayed_scaling", fp8_param_gather=False),
 }
 
 
@@ -345,6 +347,8 @@ def flags(cell):
     if lean := re.search(r"\+lean(_fp8)?", cell["contestant"]):
         words += " --use_precision_aware_optimizer --main_grads_dtype bf16"
         words += " --exp_avg_dtype {0} --exp_avg_sq_dtype {0}".format("fp8" if lean[1] else "bf16")
+    if scaling := re.search(r"\+fp8_([a-z]+)", cell["contestant"]):
+        words += f" --fp8 --fp8_recipe {FP8[scaling[1]]}"
     args = script.parse_args(words.split())
     args.sequence_parallel, args.log_interval = tp > 1, 10  # the interval of a run of 1,000 steps and more
     if not pretrain:

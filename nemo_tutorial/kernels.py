@@ -163,6 +163,44 @@ def add_gradient(x, grad, total, scale=1.0):
         total.add_(grad.t().mm(x), alpha=scale)
 
 
+class RowwiseCasts(Callback):
+    """The optimizer's weights are cast to FP8 without transposed copies of them: see rowwise."""
+
+    def setup(self, trainer, pl_module, stage):
+        with contextlib.suppress(ImportError, AttributeError):  # of an older Transformer Engine
+            from transformer_engine.pytorch.tensor import utils
+            from transformer_engine.pytorch.tensor.float8_tensor import Float8Quantizer
+
+            utils.cast_master_weights_to_fp8 = rowwise(utils.cast_master_weights_to_fp8, Float8Quantizer)
+
+
+def rowwise(cast, quantizer):
+    """Transformer Engine's cast_master_weights_to_fp8, in which no `quantizer` (its class) writes a transposed copy.
+
+    It casts a rank's part of each weight as a single row. Its kernel for a copy and the transpose is made for tiles,
+    takes fifty times as long for that, and the transpose is never read: weights get theirs before their products.
+    """
+
+    def cast_rowwise(*args, **kwargs):
+        theirs = quantizer.update_quantized
+
+        def update_quantized(self, *args, **kwargs):
+            columnwise = self.columnwise_usage
+            self.set_usage(columnwise=False)
+            try:
+                return theirs(self, *args, **kwargs)
+            finally:
+                self.set_usage(columnwise=columnwise)
+
+        quantizer.update_quantized = update_quantized
+        try:
+            return cast(*args, **kwargs)
+        finally:
+            quantizer.update_quantized = theirs
+
+    return cast_rowwise
+
+
 class SwiGLU(Callback):
     """Transformer Engine's SwiGLU for Megatron's, which torch.compile makes: its gradient takes 0.6 of the time."""
 

@@ -102,7 +102,7 @@ nemo_tutorial.ahead RunAhead
 nemo_tutorial.answers LogitsOfAnswers
 nemo_tutorial.callbacks ^
 nemo_tutorial.hooks ^
-nemo_tutorial.kernels CrossEntropy FlashAttention3 FusedRoPE GradientsInProduct SwiGLU
+nemo_tutorial.kernels CrossEntropy FlashAttention3 FusedRoPE GradientsInProduct RowwiseCasts SwiGLU
 nemo_tutorial.loggers MLflow WeightsAndBiases
 nemo_tutorial.lora AddedByKernels AddedInProduct
 nemo_tutorial.network_check NetworkCheck

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import test_lora_kernels
-from conftest import ROOT, script
+from conftest import script
 from test_families import CASES, make_model
 
 from nemo_tutorial import checkpoints, preflight
@@ -237,19 +237,19 @@ def test_a_product_adds_to_a_sum():
 
 @pytest.mark.parametrize("recipe", ["DelayedScaling", "Float8CurrentScaling"])
 def test_weights_are_cast_to_fp8_without_transposes(recipe, monkeypatch):
-    """The trial `casts`: bits, scales and products are Transformer Engine's, in a fifth of its time or less."""
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    import gpu_trials
+    """`casts`: bits, scales, maxima and products are Transformer Engine's, in a fifth of its time or less."""
     import torch
     import transformer_engine.pytorch as te
     from transformer_engine.common import recipe as recipes
     from transformer_engine.pytorch.tensor import utils
 
+    from nemo_tutorial import kernels
+
     if not torch.distributed.is_initialized():
         torch.distributed.init_process_group("nccl", init_method="tcp://127.0.0.1:0", rank=0, world_size=1)
     stock, found = utils.cast_master_weights_to_fp8, []
     monkeypatch.setattr(utils, "cast_master_weights_to_fp8", stock)
-    gpu_trials.RowwiseCasts().setup(None, None, "fit")
+    kernels.RowwiseCasts().setup(None, None, "fit")
     for cast in (stock, utils.cast_master_weights_to_fp8):
         torch.manual_seed(1)
         with te.fp8_model_init(enabled=True, recipe=getattr(recipes, recipe)()):
@@ -259,11 +259,15 @@ def test_weights_are_cast_to_fp8_without_transposes(recipe, monkeypatch):
         for event in events:
             cast([layer.weight], [master], [0], torch.distributed.group.WORLD)
             event.record()
+        cast([layer.weight], [-master[1000:]], [1000], torch.distributed.group.WORLD)  # a rank's part of it
+        quantizer = layer.weight._get_quantizer()
+        # Of current scaling it is nothing that anybody reads.
+        maximum = [quantizer.amax.clone()] if recipe == "DelayedScaling" else []
         with te.fp8_autocast(enabled=True, fp8_recipe=getattr(recipes, recipe)()):
             output = layer(x.requires_grad_())
         output.float().square().sum().backward()
         torch.cuda.synchronize()
-        values = layer.weight._data, layer.weight._scale_inv, output.detach(), x.grad
+        values = [layer.weight._data, layer.weight._scale_inv, quantizer.scale, output.detach(), x.grad, *maximum]
         found.append((events[1].elapsed_time(events[3]), values))
     (theirs, expected), (ours, values) = found
     assert all(value.equal(other) for value, other in zip(values, expected))

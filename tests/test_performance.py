@@ -70,6 +70,10 @@ def test_gradients_in_bf16_are_not_summed_in_products():
     assert "gradients" not in names(main_grads_dtype="bf16")
 
 
+def test_weights_are_cast_to_fp8_where_an_optimizer_has_them():
+    assert "casts" in names(fp8=True) and not {"casts"} & (names() | names(fp8=True, peft="lora"))
+
+
 def test_adapters_without_dropout_are_added_in_the_product():
     assert "adapter" in names(peft="lora", num_gpus=4)
     for flags in ({}, {"lora_dropout": 0.1}, {"tensor_model_parallel_size": 4, "num_gpus": 4}, {"peft": "dora"}):
@@ -246,10 +250,9 @@ def test_the_benchmark_can_be_rehearsed(tmp_path):
 
 @pytest.mark.nemo
 @pytest.mark.parametrize("fails", [False, True])
-def test_the_trial_casts_write_no_transposed_copies(monkeypatch, fails):
+def test_casts_write_no_transposed_copies(fails):
     """While weights are cast, and only then; also those of a quantizer that is made meanwhile. An error passes."""
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    import gpu_trials
+    from nemo_tutorial import kernels
 
     written = []
 
@@ -271,7 +274,7 @@ def test_the_trial_casts_write_no_transposed_copies(monkeypatch, fails):
         return "done"
 
     kept, stock = Quantizer(), Quantizer.update_quantized
-    ours = gpu_trials.rowwise(cast, Quantizer)
+    ours = kernels.rowwise(cast, Quantizer)
     if fails:
         with pytest.raises(RuntimeError):
             ours(["wrong"])
