@@ -87,6 +87,12 @@ def cells():
                     last = estimate.stage == args.pipeline_model_parallel_size - 1
                     less = estimate.activations - memory.placeholders(model, args, last)
                     estimate = dataclasses.replace(estimate, activations=less)
+                if "-adapter_split" in name:
+                    layers = model.num_hidden_layers // args.pipeline_model_parallel_size
+                    args.performance = "off"
+                    a_token = sum(memory.gathered_inputs(model, args).values())
+                    more = estimate.activations + layers * args.micro_batch_size * cell["seq"] * a_token
+                    estimate = dataclasses.replace(estimate, activations=more)
                 if cell["date"] < WHOLE:
                     stepped = estimate.optimizer / memory.state_bytes(args)[1]
                     estimate = dataclasses.replace(estimate, step=memory.step_bytes(args) * stepped)

@@ -8,10 +8,11 @@ import torch
 from lightning.pytorch import Callback
 from megatron.core import parallel_state
 from megatron.core.fusions import fused_bias_dropout
+from megatron.core.tensor_parallel import mappings
 from megatron.core.transformer import mlp
 from nemo.collections.llm.peft import lora
 
-from nemo_tutorial import kernels
+from nemo_tutorial import compat, kernels
 
 
 class Down(torch.autograd.Function):
@@ -110,13 +111,61 @@ def forward(self, x, *args, **kwargs):
     return Up.apply(out, low, b, scale), bias
 
 
+STOCK_BASE = getattr(lora.LoRALinear, "base_linear_forward", None)  # not in an older NeMo
+
+
+def base_linear_forward(self, x, *args, **kwargs):
+    """LoRALinear's; a layer's norm gives the adapter this GPU's part of the sequence, and the adapter gathers the rest.
+
+    NeMo has Transformer Engine return what that has gathered for the layer. But what the adapters of linear_qkv and
+    linear_fc1 then add to the gradient of their input, Transformer Engine since 2.4 (2.18 is the last looked at) drops
+    without a word: `LayerNormLinear`'s backward pass reads grad_outputs[1] only of what is not gathered.
+    """
+    if getattr(self.to_wrap, "return_layernorm_output_gathered", False):
+        self.to_wrap.return_layernorm_output_gathered = False
+        self.adapter.disable_sequence_parallel_comm = False
+    return STOCK_BASE(self, x, *args, **kwargs)
+
+
+def split_forward(self, x, *args, **kwargs):
+    """LoRALinear's, where the layer's input or output is split by sequence, and so is what the adapter reads or writes.
+
+    By NeMo's way the input of linear_qkv's and linear_fc1's adapters, (s, b, h), is gathered and kept for the backward
+    pass, and the output of linear_proj's and linear_fc2's is gathered of parts of h, to take a part of s of it. Here
+    each GPU makes what its tokens need, and what goes between GPUs is `rank` wide.
+    """
+    if not (is_two_products(self.adapter) and is_split_by_sequence(self.to_wrap)):
+        return STOCK(self, x, *args, **kwargs)
+    out, bias, normed = self.base_linear_forward(x, *args, **kwargs)
+    a, b, scale = low_rank(self)
+    if self.adapter.input_is_parallel:
+        # a (rank, k / tp), b (n / tp, rank), normed (s, b, k / tp), out (s / tp, b, n)
+        low = mappings.reduce_scatter_to_sequence_parallel_region(Down.apply(normed, a))
+        b = mappings.gather_from_sequence_parallel_region(b)
+    else:
+        # a (rank / tp, k), b (n / tp, rank), normed (s / tp, b, k), out (s, b, n / tp)
+        low = Down.apply(normed, mappings.gather_from_sequence_parallel_region(a))
+        low = mappings.gather_from_sequence_parallel_region(low)
+    return Up.apply(out, low, b, scale), bias
+
+
 def is_plain(adapter):
-    """Whether an adapter is two products and no more: no dropout, no activation, no expert, no tensor parallelism."""
+    """Whether an adapter is two products and no more, and all of them on this GPU."""
+    return is_two_products(adapter) and parallel_state.get_tensor_model_parallel_world_size() == 1
+
+
+def is_two_products(adapter):
+    """Whether an adapter has no dropout, no activation, and is no expert's."""
+    return adapter.dropout is None and not adapter.is_expert and isinstance(adapter.activation, torch.nn.Identity)
+
+
+def is_split_by_sequence(base):
+    """Whether a layer gathers its input, or scatters its output, along the sequence, between several GPUs."""
     return (
-        adapter.dropout is None
-        and not adapter.is_expert
-        and isinstance(adapter.activation, torch.nn.Identity)
-        and parallel_state.get_tensor_model_parallel_world_size() == 1
+        parallel_state.get_tensor_model_parallel_world_size() > 1
+        and getattr(base, "sequence_parallel", False)
+        and getattr(base, "parallel_mode", "") is not None  # a shared expert's of Transformer Engine does not
+        and not getattr(base, "explicit_expert_comm", False)
     )
 
 
@@ -138,6 +187,20 @@ class AddedInProduct(Callback):
 
     def setup(self, trainer, pl_module, stage):
         lora.LoRALinear.forward = forward
+
+
+class GradientsOfInputs(Callback):
+    """No gradient of an adapter's input is lost, where the sequence is split: see base_linear_forward."""
+
+    def setup(self, trainer, pl_module, stage):
+        compat.replace(lora.LoRALinear, "base_linear_forward", base_linear_forward)
+
+
+class SplitBySequence(Callback):
+    """Have all LoRA layers of the process compute as split_forward does; together with GradientsOfInputs."""
+
+    def setup(self, trainer, pl_module, stage):
+        lora.LoRALinear.forward = split_forward
 
 
 class AddedByKernels(Callback):

@@ -197,10 +197,9 @@ def _layer(model, args, recomputed=()):
     kept = {
         name: e * (not frozen or name in adapted) * (0.5 if args.fp8 and not frozen else 1) for name in models.LINEAR
     }
-    # An adapter behind a norm takes all tokens, and keeps them beside those of this GPU, the norm's own output.
-    gathered = {name: e * model.hidden_size * (split > 1 and name in adapted) for name in ("linear_qkv", "linear_fc1")}
+    gathered = gathered_inputs(model, args)
     attention = hidden + kept["linear_qkv"] * model.hidden_size / split  # the norm's input and its output
-    attention += gathered["linear_qkv"]
+    attention += gathered.get("linear_qkv", 0)
     attention += e * (qkv + queries) / tp  # queries, keys, values; the output, which is linear_proj's input
     attention += queries / tp if args.fp8 and not frozen else 0  # ... and once more in FP8
     if "core_attn" not in recomputed:
@@ -212,9 +211,21 @@ def _layer(model, args, recomputed=()):
         attention += e * (args.lora_rank or 8) + ((e + 1) * inputs if drop else 0)
     if model.num_experts:
         return attention + hidden + _experts(model, args, recomputed)
-    mlp = kept["linear_fc1"] * model.hidden_size / split + gathered["linear_fc1"]
+    mlp = kept["linear_fc1"] * model.hidden_size / split + gathered.get("linear_fc1", 0)
     mlp += e * up / tp + kept["linear_fc2"] * model.intermediate_size / tp
     return attention + hidden + (0 if "mlp" in recomputed else mlp)
+
+
+def gathered_inputs(model, args):
+    """Of all tokens' inputs that NeMo's adapters behind a norm keep beside this GPU's part: {layer: bytes a token}.
+
+    Nothing by our own way of LoRA (lora.split_forward).
+    """
+    split = any(setting.name == "adapter split" for setting in performance.settings(args))
+    if not args.sequence_parallel or split:
+        return {}
+    behind = {"linear_qkv", "linear_fc1"} & set(adapter_targets(args, model))
+    return dict.fromkeys(behind, BYTES[args.precision] * model.hidden_size)
 
 
 def _experts(model, args, recomputed):

@@ -19,12 +19,17 @@ class Setting:
     when: Callable  # of the flags: does it apply?
     values: dict = field(default_factory=dict)  # path in the recipe -> value; a path that it lacks is left out
     callback: str | None = None  # "module.Class" of nemo_tutorial, added to the trainer's
-    gpu: bool = True  # False: it is of what the host does, and made without a GPU too
+    gpu: bool = True  # False: made without a GPU too
 
 
 def lora_alone(args):
     """Whether all of an adapter's two products are on each GPU, with nothing between them."""
     return args.peft == "lora" and args.tensor_model_parallel_size == 1 and not args.lora_dropout
+
+
+def split_lora(args):
+    """Whether an adapter's two products are where each GPU has a part of the sequence between its layers."""
+    return args.peft == "lora" and not args.lora_dropout and args.sequence_parallel
 
 
 SETTINGS = [
@@ -116,6 +121,13 @@ SETTINGS = [
         "what LoRA adds, to outputs and to gradients, is added inside its matrix products, not in passes of its own",
         lora_alone,
         callback="lora.AddedInProduct",
+    ),
+    Setting(
+        "adapter split",
+        "where the sequence is split, so is what LoRA reads and writes; NeMo gathers it whole, and keeps its inputs",
+        split_lora,
+        callback="lora.SplitBySequence",
+        gpu=False,
     ),
     Setting(
         "adapter kernels",

@@ -22,6 +22,7 @@ from nemo_tutorial import (
     faults,
     hooks,
     loggers,
+    lora,
     memory,
     metrics,
     models,
@@ -96,6 +97,8 @@ def set_parallelism(recipe, args):
         1 if args.expert_model_parallel_size > 1 else None
     )
     strategy.sequence_parallel = args.sequence_parallel
+    if args.peft and args.sequence_parallel:
+        recipe.trainer.callbacks = [*(recipe.trainer.callbacks or []), run.Config(lora.GradientsOfInputs)]
     # The big models' recipes set these for their own PP; with another they stop the ranks.
     strategy.virtual_pipeline_model_parallel_size = args.virtual_pipeline_model_parallel_size
     # Megatron's own command line asks for these with parts of a stage; NeMo does not, and with PP 2 and without them

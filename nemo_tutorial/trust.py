@@ -104,7 +104,7 @@ nemo_tutorial.callbacks ^
 nemo_tutorial.hooks ^
 nemo_tutorial.kernels CrossEntropy FlashAttention3 FusedRoPE GradientsInProduct RowwiseCasts SwiGLU
 nemo_tutorial.loggers MLflow WeightsAndBiases
-nemo_tutorial.lora AddedByKernels AddedInProduct
+nemo_tutorial.lora AddedByKernels AddedInProduct GradientsOfInputs SplitBySequence
 nemo_tutorial.network_check NetworkCheck
 nemo_tutorial.optimizer_state SharedByReplicas
 nemo_tutorial.progress Progress

@@ -1,8 +1,12 @@
 """LoRA and DoRA of every family: what NeMo computes with the adapter, the merged model and `peft` compute too."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import triton_interpreter
@@ -225,6 +229,57 @@ def test_added_by_kernels(logits_and_gradients, monkeypatch, targets, training):
     last = sum(name in targets for name in ("linear_proj", "linear_fc2"))
     assert len(triton_interpreter.launched) == layers * (last + 2 * both)
     assert_near(found, expected)
+
+
+def on_ranks(device, **environment):
+    """What adapters_on_ranks.py prints, of two ranks."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += [str(ROOT / "tests/adapters_on_ranks.py"), device]
+    done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_split_by_sequence():
+    """Between two processes: the output and all gradients are the whole's, by NeMo's way and by ours."""
+    for rank in on_ranks("cpu", CUDA_VISIBLE_DEVICES=""):
+        for layer, ways in rank.items():
+            for way, errors in ways.items():
+                assert max(errors.values()) < 1e-6, (layer, way, errors)
+
+
+def test_an_adapter_gathers_what_its_norm_gives_it(monkeypatch):
+    """Once, where NeMo has had Transformer Engine gather it; other layers are left as they are."""
+    from nemo_tutorial import lora
+
+    monkeypatch.setattr(lora, "STOCK_BASE", lambda self, x: (self.to_wrap.seen(), x))
+
+    def layer(**attributes):
+        base = SimpleNamespace(**attributes)
+        base.seen = lambda: getattr(base, "return_layernorm_output_gathered", False)
+        return SimpleNamespace(to_wrap=base, adapter=SimpleNamespace(disable_sequence_parallel_comm=True))
+
+    name = "return_layernorm_output_gathered"
+    gathered, own, other = layer(**{name: True}), layer(**{name: False}), layer()
+    for wrapped in (gathered, own, other, gathered):
+        assert not lora.base_linear_forward(wrapped, "x")[0]
+    disabled = [wrapped.adapter.disable_sequence_parallel_comm for wrapped in (gathered, own, other)]
+    assert disabled == [False, True, True]
+
+
+@pytest.mark.parametrize(
+    "flags, there", [("-T 2 --num_gpus 2", True), ("-T 2 --num_gpus 2 --no_sequence_parallel", False), ("", False)]
+)
+@pytest.mark.parametrize("performance", ["auto", "off"])
+def test_no_gradient_of_an_input_is_lost(build, flags, there, performance):
+    """Whatever --performance says; of all weights there is none to lose."""
+    import fiddle as fdl
+
+    for peft in ("--peft lora", ""):
+        recipe = build("finetune", f"{flags} {peft} --performance {performance}").recipe
+        names = [fdl.get_callable(callback).__name__ for callback in recipe.trainer.callbacks]
+        assert ("GradientsOfInputs" in names) == (there and bool(peft))
+        assert ("SplitBySequence" in names) == (there and bool(peft) and performance == "auto")
 
 
 def test_dora_with_biases_is_merged_and_not_exported(adapted, tmp_path):

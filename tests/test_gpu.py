@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
+import test_adapters
 import test_lora_kernels
 from conftest import script
 from test_families import CASES, make_model
@@ -273,6 +274,17 @@ def test_weights_are_cast_to_fp8_without_transposes(recipe, monkeypatch):
     assert all(value.equal(other) for value, other in zip(values, expected))
     print(f"{recipe}: {theirs / 2:.2f} and {ours / 2:.2f} ms")
     assert ours < theirs / 5
+
+
+def test_adapters_split_by_sequence_on_two_gpus():
+    """With Transformer Engine's layers: the output and all gradients are the whole's; NeMo's own way is printed."""
+    if preflight.gpus_here() < 2:
+        pytest.skip("asks for 2 GPUs")
+    for rank in test_adapters.on_ranks("cuda", NVIDIA_TF32_OVERRIDE="0"):
+        for layer, ways in rank.items():
+            print(layer, "stock:", ways["stock"])
+            for way in ("mended", "split"):
+                assert max(ways[way].values()) < 1e-5, (layer, way, ways[way])
 
 
 def test_a_step_waits_for_no_number():

@@ -24,6 +24,7 @@ GPU = {
     "context_parallel_size": 1,
     "main_grads_dtype": None,
     "fp8": False,
+    "sequence_parallel": False,
 }
 
 
@@ -68,6 +69,13 @@ def test_logits_of_answers_are_of_fine_tuning_where_all_of_a_sample_is_on_the_gp
 def test_gradients_in_bf16_are_not_summed_in_products():
     """They are chosen where memory is short, and Transformer Engine keeps a placeholder of each shape."""
     assert "gradients" not in names(main_grads_dtype="bf16")
+
+
+def test_adapters_are_split_with_the_sequence():
+    split = {"tensor_model_parallel_size": 2, "sequence_parallel": True, "peft": "lora"}
+    assert "adapter split" in names(**split) and not {"adapter", "adapter kernels"} & names(**split)
+    for flags in ({"sequence_parallel": False}, {"peft": None}, {"lora_dropout": 0.1}):
+        assert "adapter split" not in names(**split | flags)
 
 
 def test_weights_are_cast_to_fp8_where_an_optimizer_has_them():

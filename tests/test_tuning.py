@@ -14,6 +14,7 @@ ROWS = [
     }
     for number in range(16)
 ]
+LORA = ["--peft", "lora"]
 FLAGS = "--nemo_model nemo_ckpt/tiny --dataset_path sixteen --seq_length 128 --precision fp32 --num_workers 0"
 
 
@@ -180,7 +181,7 @@ def test_packed_and_unpacked_runs_are_the_same(stages):
     near(longer, unpacked)
 
 
-@pytest.mark.parametrize("flags", [["--no_packing", "--micro_batch_size", 4], ["--peft", "lora"]], ids=["", "lora"])
+@pytest.mark.parametrize("flags", [["--no_packing", "--micro_batch_size", 4], LORA], ids=["", "lora"])
 def test_logits_of_answers_are_the_same_run(stages, flags):
     """As with NeMo's own settings: losses, validation, gradient norms."""
     flags = [*flags, "--global_batch_size", 8, "--max_steps", 3, "--val_check_interval", 3, "--lr", "1e-3"]
@@ -189,15 +190,26 @@ def test_logits_of_answers_are_the_same_run(stages, flags):
     near(tune(stages, name, *flags)[0], stock)
 
 
+def test_adapters_that_are_split_train_as_nemos(stages):
+    """Over two processes by TP and sequence: losses, validation and gradient norms, but for their last digits."""
+    flags = ["--peft", "lora", "--num_gpus", 2, "-T", 2, "--lora_rank", 4, "--lr", "1e-2"]
+    flags += ["--global_batch_size", 8, "--max_steps", 4, "--val_check_interval", 4]
+    stock, _ = tune(stages, "split_off", *flags, "--performance", "off")
+    split, _ = tune(stages, "split", *flags)
+    near(split, stock)
+    norms = [[line["grad_norm"] for line in lines if "grad_norm" in line] for lines in (split, stock)]
+    assert len(norms[0]) == 4 and norms[0] != norms[1]  # it was another way
+
+
 @pytest.mark.full
-@pytest.mark.parametrize("peft", [[], ["--peft", "lora"]], ids=["all", "lora"])
-def test_a_packed_run_goes_on_where_it_stopped(stages, peft):
+@pytest.mark.parametrize("peft, layout", [([], []), (LORA, []), (LORA, ["-T", 2])], ids=["all", "lora", "lora-tp2"])
+def test_a_packed_run_goes_on_where_it_stopped(stages, peft, layout):
     """With the same packs in the same order, on two processes as on one: of 8 rows a step, which are 6 packs."""
-    name = "lora" if peft else "all"
+    name = f"{'lora' if peft else 'all'}{len(layout)}"
     flags = ["--global_batch_size", 8, "--max_steps", 6, "--lr", "1e-3", *peft]
     unbroken, _ = tune(stages, f"unbroken_{name}", *flags, "--val_check_interval", 3)
     tune(stages, f"broken_{name}", *flags, "--exit_interval", 3)
-    resumed, said = tune(stages, f"broken_{name}", *flags, "--exit_interval", 3, "--num_gpus", 2)
+    resumed, said = tune(stages, f"broken_{name}", *flags, "--exit_interval", 3, "--num_gpus", 2, *layout)
     assert "goes on from step 3" in said
     steps = {line["step"]: line["loss"] for line in resumed if "loss" in line}
     expected = {line["step"]: line["loss"] for line in unbroken if "loss" in line}
