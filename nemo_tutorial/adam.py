@@ -1,9 +1,13 @@
-"""Transformer Engine's Adam with states smaller than float32, `--use_precision_aware_optimizer`: its memory, and saved.
+"""Transformer Engine's Adam in Megatron's distributed optimizer: the memory that it takes, and what is saved of it.
 
-Ours, for as Megatron 0.15 uses it a run can't go on: of a float32 weight Adam keeps the 16 bits that the bf16 weight
-lacks, which a checkpoint then holds in place of the weight, and which loading refuses (Megatron-LM's #4222). And a
-step, a save and a load each make float32 copies of the moments of all parameters at once: of 8B 60 GiB.
+Ours, for a load by Megatron 0.15 holds all states twice, so that a run may fit and not go on. With states smaller than
+float32 (`--use_precision_aware_optimizer`) none can go on: of a float32 weight Adam keeps the 16 bits that the bf16
+weight lacks, which a checkpoint then holds in place of the weight, and which loading refuses (Megatron-LM's #4222). And
+a step and a save each make float32 copies of the moments of all parameters at once: of 8B 60 GiB.
 """
+
+import contextlib
+import functools
 
 import torch
 from lightning.pytorch import Callback
@@ -15,6 +19,16 @@ STOCK_GET = getattr(DistributedOptimizer, "_get_main_param_and_optimizer_states"
 STOCK_SET = getattr(DistributedOptimizer, "_set_main_param_and_optimizer_states", None)
 
 
+class StatesOnce(Callback):
+    """Has all of the process' Adams hold their states once while they are loaded: see with_states."""
+
+    def setup(self, trainer, pl_module, stage):
+        with contextlib.suppress(ImportError):  # without a GPU there is none
+            from transformer_engine.pytorch.optimizers import FusedAdam
+
+            DistributedOptimizer.load_state_dict = with_states(DistributedOptimizer.load_state_dict, FusedAdam)
+
+
 class SmallStates(Callback):
     """Has all of the process' Adams step in parts, and checkpoints hold what those of other runs hold."""
 
@@ -23,10 +37,8 @@ class SmallStates(Callback):
 
         if compat.replace(DistributedOptimizer, "_get_main_param_and_optimizer_states", states):
             compat.replace(DistributedOptimizer, "_set_main_param_and_optimizer_states", set_states)
-        DistributedOptimizer.load_state_dict = with_states(DistributedOptimizer.load_state_dict, FusedAdam)
         FusedAdam.step = in_parts(FusedAdam.step)
         FusedAdam.state_dict = groups(FusedAdam.state_dict)
-        FusedAdam.load_state_dict = load_groups(FusedAdam.load_state_dict)
 
 
 def master_weights(weights, remainders):
@@ -100,18 +112,24 @@ def parts(parameters, limit):
 def with_states(load, adam):
     """DistributedOptimizer's `load_state_dict`, for which an optimizer of class `adam` makes its states before.
 
-    In place of states that are not there Megatron makes others, on the GPU, and drops them after these are set.
+    They are there to stay: Megatron sets each at last. In place of states that are not there it makes others, on the
+    GPU, and Adam would make all of them once more to copy those that it is given into them.
     """
 
     def load_state_dict(self, state_dict):
         inner = self.optimizer
-        if isinstance(inner, adam) and inner.master_weights:
-            for parameter in (parameter for group in inner.param_groups for parameter in group["params"]):
-                if not inner.state[parameter]:
-                    kept = getattr(inner, "store_param_remainders", False) and parameter.dtype == torch.bfloat16
-                    kept = compat.supported(adam.initialize_state, store_param_remainders=kept)  # a newer one's
-                    inner.initialize_state(parameter, **kept)
-        load(self, state_dict)
+        if not isinstance(inner, adam):
+            return load(self, state_dict)
+        for parameter in (parameter for group in inner.param_groups for parameter in group["params"]):
+            if not inner.state[parameter]:
+                kept = getattr(inner, "store_param_remainders", False) and parameter.dtype == torch.bfloat16
+                kept = compat.supported(adam.initialize_state, store_param_remainders=kept)  # a newer one's
+                inner.initialize_state(parameter, **kept)
+        inner.load_state_dict = functools.partial(load_groups, inner)
+        try:
+            load(self, state_dict)
+        finally:
+            del inner.load_state_dict
 
     return load_state_dict
 
@@ -127,14 +145,8 @@ def groups(stock):
     return state_dict
 
 
-def load_groups(stock):
-    """FusedAdam's `load_state_dict`, of that: the states stay, and Megatron sets each after it."""
-
-    def load_state_dict(self, state_dict):
-        if not self.master_weights:
-            return stock(self, state_dict)
-        states = self.state
-        torch.optim.Optimizer.load_state_dict(self, state_dict | {"state": {}})
-        self.state = states
-
-    return load_state_dict
+def load_groups(self, state_dict):
+    """An optimizer's `load_state_dict`, of all but the states."""
+    states = self.state
+    torch.optim.Optimizer.load_state_dict(self, state_dict | {"state": {}})
+    self.state = states

@@ -285,7 +285,8 @@ def set_checkpointing(recipe, args, restore_from):
     # Else a checkpoint's optimizer can be loaded only on the layout that wrote it (NeMo 2.6 and newer).
     for name, value in compat.supported(nl.MegatronStrategy, ckpt_optim_fully_reshardable=True).items():
         setattr(recipe.trainer.strategy, name, value)
-    recipe.trainer.callbacks = [*(recipe.trainer.callbacks or []), run.Config(optimizer_state.SharedByReplicas)]
+    kept = [run.Config(optimizer_state.SharedByReplicas), run.Config(adam.StatesOnce)]
+    recipe.trainer.callbacks = [*(recipe.trainer.callbacks or []), *kept]
     log = recipe.log
     log.log_dir = str(Path("results").absolute())
     log.name = args.experiment

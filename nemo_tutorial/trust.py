@@ -97,7 +97,7 @@ nemo.lightning.pytorch.callbacks.megatron_comm_overlap _CommOverlapConfig
 nemo.lightning.pytorch.optim.* ^
 nemo.lightning.pytorch.plugins.* ^
 nemo.utils.exp_manager TimingCallback DeltaTimingCallback
-nemo_tutorial.adam SmallStates
+nemo_tutorial.adam SmallStates StatesOnce
 nemo_tutorial.ahead RunAhead
 nemo_tutorial.answers LogitsOfAnswers
 nemo_tutorial.callbacks ^

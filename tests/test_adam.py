@@ -117,53 +117,67 @@ def test_a_group_counts_its_steps_once():
     assert counts == [1, 1, 2, 2] and groups[0]["step"] == 2 and "step" not in groups[1]
 
 
-def test_megatron_gets_no_states_and_sets_them_itself():
-    """Where Adam has the float32 weights: they stay as they are. Where Megatron has them, they go there and back."""
+@pytest.mark.parametrize("master_weights", [True, False])
+def test_megatron_asks_for_states_itself(master_weights):
+    """Of Adam with the float32 weights; else it gets them, as they are."""
     import torch
 
     from nemo_tutorial import adam
 
     class Adam(torch.optim.AdamW):
         state_dict = adam.groups(torch.optim.AdamW.state_dict)
-        load_state_dict = adam.load_groups(torch.optim.AdamW.load_state_dict)
 
-    for master_weights in (True, False):
-        weight = torch.ones(4, requires_grad=True)
-        optimizer = Adam([weight], lr=0.5)
-        optimizer.master_weights = master_weights
-        weight.sum().backward()
-        optimizer.step()
-        before = optimizer.state[weight]
-        saved = optimizer.state_dict()
-        assert bool(saved["state"]) != master_weights and saved["param_groups"][0]["lr"] == 0.5
-        saved["param_groups"][0]["lr"] = 0.25
-        optimizer.load_state_dict(saved)
-        assert (optimizer.state[weight] is before) == master_weights and optimizer.param_groups[0]["lr"] == 0.25
-        assert optimizer.state[weight]["exp_avg"].equal(before["exp_avg"])
+    weight = torch.ones(4, requires_grad=True)
+    optimizer = Adam([weight], lr=0.5)
+    optimizer.master_weights = master_weights
+    weight.sum().backward()
+    optimizer.step()
+    saved = optimizer.state_dict()
+    assert bool(saved["state"]) != master_weights and saved["param_groups"][0]["lr"] == 0.5
 
 
-@pytest.mark.parametrize("kind", ["Adam's", "Megatron's", "of another class"])
-def test_states_are_made_before_megatron_asks(kind):
-    """Of each parameter that has none, if Adam has the float32 weights; remainders of bf16 alone."""
+@pytest.mark.parametrize("fails", [False, True])
+def test_states_are_made_before_megatron_asks(fails):
+    """Of each parameter that has none, remainders of bf16 alone; they are there to stay while it loads, not after."""
     import torch
 
     from nemo_tutorial import adam
 
-    class Adam:
-        def __init__(self, master_weights):
-            self.master_weights, self.store_param_remainders, self.made = master_weights, True, []
-            self.weights = [torch.zeros(1), torch.zeros(1).bfloat16(), torch.zeros(1)]
-            self.param_groups = [{"params": self.weights[:2]}, {"params": self.weights[2:]}]
-            self.state = {weight: {} for weight in self.weights[:2]} | {self.weights[2]: {"exp_avg": 1}}
+    class Adam(torch.optim.SGD):
+        store_param_remainders, made = True, []
 
         def initialize_state(self, param, store_param_remainders):
             self.made.append((param, store_param_remainders))
+            self.state[param]["exp_avg"] = torch.ones(1)
 
-    inner, loaded = Adam(kind == "Adam's") if kind != "of another class" else SimpleNamespace(), []
-    optimizer = SimpleNamespace(optimizer=inner)
-    adam.with_states(lambda self, found: loaded.append((self, found)), Adam)(optimizer, "found")
-    assert loaded == [(optimizer, "found")]
-    if kind == "Adam's":
-        assert inner.made == [(inner.weights[0], False), (inner.weights[1], True)]
+    def load(self, found):
+        before = dict(inner.state)
+        assert len(before) == 3
+        inner.load_state_dict({"state": {0: {"exp_avg": torch.zeros(1)}}, "param_groups": found})
+        assert inner.state == before and all(inner.state[weight] is state for weight, state in before.items())
+        if fails:
+            raise RuntimeError
+
+    weights = [torch.zeros(1), torch.zeros(1).bfloat16(), torch.zeros(1)]
+    inner = Adam([{"params": weights[:2]}, {"params": weights[2:]}], lr=1)
+    inner.state[weights[2]]["exp_avg"] = torch.zeros(1)
+    found = [group | {"lr": 2} for group in inner.state_dict()["param_groups"]]
+    ours = adam.with_states(load, Adam)
+    if fails:
+        with pytest.raises(RuntimeError):
+            ours(SimpleNamespace(optimizer=inner), found)
     else:
-        assert not getattr(inner, "made", None)
+        ours(SimpleNamespace(optimizer=inner), found)
+    assert inner.made == [(weights[0], False), (weights[1], True)] and inner.param_groups[1]["lr"] == 2
+    Adam.made.clear()
+    inner.load_state_dict({"state": {0: {"exp_avg": torch.full([1], 3.0)}}, "param_groups": found})
+    assert inner.state[weights[0]]["exp_avg"] == 3
+
+
+def test_another_optimizer_is_loaded_as_it_was():
+    from nemo_tutorial import adam
+
+    loaded = []
+    optimizer = SimpleNamespace(optimizer=SimpleNamespace())
+    adam.with_states(lambda self, found: loaded.append((self, found)), dict)(optimizer, "found")
+    assert loaded == [(optimizer, "found")] and not vars(optimizer.optimizer)
