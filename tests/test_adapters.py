@@ -245,7 +245,7 @@ def test_split_by_sequence():
     for rank in on_ranks("cpu", CUDA_VISIBLE_DEVICES=""):
         for layer, ways in rank.items():
             for way, errors in ways.items():
-                assert max(errors.values()) < 1e-6, (layer, way, errors)
+                assert max(errors.values()) < 1e-5, (layer, way, errors)
 
 
 def test_an_adapter_gathers_what_its_norm_gives_it(monkeypatch):
