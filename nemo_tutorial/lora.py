@@ -12,7 +12,7 @@ from megatron.core.tensor_parallel import mappings
 from megatron.core.transformer import mlp
 from nemo.collections.llm.peft import lora
 
-from nemo_tutorial import compat, kernels
+from nemo_tutorial import kernels
 
 
 class Down(torch.autograd.Function):
@@ -111,7 +111,7 @@ def forward(self, x, *args, **kwargs):
     return Up.apply(out, low, b, scale), bias
 
 
-STOCK_BASE = getattr(lora.LoRALinear, "base_linear_forward", None)  # not in an older NeMo
+STOCK_BASE = getattr(lora.LoRALinear, "base_linear_forward", None)
 
 
 def base_linear_forward(self, x, *args, **kwargs):
@@ -193,7 +193,8 @@ class GradientsOfInputs(Callback):
     """No gradient of an adapter's input is lost, where the sequence is split: see base_linear_forward."""
 
     def setup(self, trainer, pl_module, stage):
-        compat.replace(lora.LoRALinear, "base_linear_forward", base_linear_forward)
+        if STOCK_BASE:  # with an older NeMo there is an older Transformer Engine, which drops nothing
+            lora.LoRALinear.base_linear_forward = base_linear_forward
 
 
 class SplitBySequence(Callback):
