@@ -197,6 +197,8 @@ def _layer(model, args, recomputed=()):
     kept = {
         name: e * (not frozen or name in adapted) * (0.5 if args.fp8 and not frozen else 1) for name in models.LINEAR
     }
+    if args.fp8 and frozen:  # Transformer Engine keeps what an adapter's norm gives in bf16 once more in FP8
+        kept |= {name: kept[name] + 1 for name in ("linear_qkv", "linear_fc1") if name in adapted}
     gathered = gathered_inputs(model, args)
     attention = hidden + kept["linear_qkv"] * model.hidden_size / split  # the norm's input and its output
     attention += gathered.get("linear_qkv", 0)
