@@ -10,10 +10,11 @@ import re
 import sys
 import tempfile
 from pathlib import Path
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from nemo_tutorial import memory, models, preflight, terminal
+from nemo_tutorial import memory, models, performance, preflight, terminal
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = {
@@ -82,17 +83,10 @@ def cells():
                 continue  # a peer; rows padded to their micro batch's longest, shorter than --seq_length says; a trial
             if cell.get("allocated_gb") and cell.get("model") in SHAPES and cell["kind"] in ("pretrain", "sft", "lora"):
                 model, args = shape(cell["model"]), flags(cell, name)
-                estimate = memory.estimate(model, args)
-                if "-gradients" in name:  # measured without that setting, which no flag leaves out
-                    last = estimate.stage == args.pipeline_model_parallel_size - 1
-                    less = estimate.activations - memory.placeholders(model, args, last)
-                    estimate = dataclasses.replace(estimate, activations=less)
-                if "-adapter_split" in name:
-                    layers = model.num_hidden_layers // args.pipeline_model_parallel_size
-                    args.performance = "off"
-                    a_token = sum(memory.gathered_inputs(model, args).values())
-                    more = estimate.activations + layers * args.micro_batch_size * cell["seq"] * a_token
-                    estimate = dataclasses.replace(estimate, activations=more)
+                dropped = set(re.findall(r"-(\w+)", name))  # settings that it was measured without
+                kept = [setting for setting in performance.SETTINGS if setting.name.replace(" ", "_") not in dropped]
+                with mock.patch.object(performance, "SETTINGS", kept):
+                    estimate = memory.estimate(model, args)
                 if cell["date"] < WHOLE:
                     stepped = estimate.optimizer / memory.state_bytes(args)[1]
                     estimate = dataclasses.replace(estimate, step=memory.step_bytes(args) * stepped)

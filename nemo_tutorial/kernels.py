@@ -177,8 +177,8 @@ class RowwiseCasts(Callback):
 def rowwise(cast, quantizer):
     """Transformer Engine's cast_master_weights_to_fp8, in which no `quantizer` (its class) writes a transposed copy.
 
-    It casts a rank's part of each weight as a single row. Its kernel for a copy and the transpose is made for tiles,
-    takes fifty times as long for that, and the transpose is never read: weights get theirs before their products.
+    It casts a rank's part of each weight as a single row. Its kernel for a copy and the transpose is made for tiles of
+    rows, writes 55 GB/s of that on an H200, and the transpose is never read: weights get theirs before their products.
     """
 
     def cast_rowwise(*args, **kwargs):

@@ -28,7 +28,7 @@ def lora_alone(args):
 
 
 def split_lora(args):
-    """Whether an adapter's two products are where each GPU has a part of the sequence between its layers."""
+    """Whether an adapter's two products, with nothing between them, are where each GPU has a part of the sequence."""
     return args.peft == "lora" and not args.lora_dropout and args.sequence_parallel
 
 

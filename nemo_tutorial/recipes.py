@@ -98,7 +98,7 @@ def set_parallelism(recipe, args):
     )
     strategy.sequence_parallel = args.sequence_parallel
     if args.peft and args.sequence_parallel:
-        recipe.trainer.callbacks = [*(recipe.trainer.callbacks or []), run.Config(lora.GradientsOfInputs)]
+        _add_callbacks(recipe, run.Config(lora.GradientsOfInputs))
     # The big models' recipes set these for their own PP; with another they stop the ranks.
     strategy.virtual_pipeline_model_parallel_size = args.virtual_pipeline_model_parallel_size
     # Megatron's own command line asks for these with parts of a stage; NeMo does not, and with PP 2 and without them
@@ -116,6 +116,11 @@ def set_parallelism(recipe, args):
     if args.context_parallel_size > 1:
         # A rank whose part of a sample is all prompt has no loss: averaging per rank gives NaN.
         _average_over_tokens(recipe)
+
+
+def _add_callbacks(recipe, *callbacks):
+    """Beside those that NeMo's recipe has."""
+    recipe.trainer.callbacks = [*(recipe.trainer.callbacks or []), *callbacks]
 
 
 def _average_over_tokens(recipe):
@@ -181,7 +186,7 @@ def set_training(recipe, args):
         run.Config(callbacks.LossGuard, str(record), args.max_loss_spike),
         run.Config(callbacks.Preemption, str(record / faults.PREEMPTED)),
     ]
-    trainer.callbacks = [*(trainer.callbacks or []), *own]
+    _add_callbacks(recipe, *own)
 
 
 def _scheduler(args):
@@ -226,7 +231,7 @@ def set_memory(recipe, args, model):
         return
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.uint8}
     optim.use_precision_aware_optimizer = True
-    recipe.trainer.callbacks = [*(recipe.trainer.callbacks or []), run.Config(adam.SmallStates)]
+    _add_callbacks(recipe, run.Config(adam.SmallStates))
     for name in ("main_params_dtype", "exp_avg_dtype", "exp_avg_sq_dtype", "main_grads_dtype"):
         setattr(optim, name, dtypes[getattr(args, name) or "fp32"])
     if args.main_grads_dtype == "bf16":  # the buffers that the gradients are summed up in
@@ -273,7 +278,7 @@ def set_performance(recipe, args, settings=None):
         if setting.callback:
             module, cls = setting.callback.split(".")
             callback = getattr(importlib.import_module(f"nemo_tutorial.{module}"), cls)
-            recipe.trainer.callbacks = [*(recipe.trainer.callbacks or []), run.Config(callback)]
+            _add_callbacks(recipe, run.Config(callback))
 
 
 def set_checkpointing(recipe, args, restore_from):
@@ -285,8 +290,7 @@ def set_checkpointing(recipe, args, restore_from):
     # Else a checkpoint's optimizer can be loaded only on the layout that wrote it (NeMo 2.6 and newer).
     for name, value in compat.supported(nl.MegatronStrategy, ckpt_optim_fully_reshardable=True).items():
         setattr(recipe.trainer.strategy, name, value)
-    kept = [run.Config(optimizer_state.SharedByReplicas), run.Config(adam.StatesOnce)]
-    recipe.trainer.callbacks = [*(recipe.trainer.callbacks or []), *kept]
+    _add_callbacks(recipe, run.Config(optimizer_state.SharedByReplicas), run.Config(adam.StatesOnce))
     log = recipe.log
     log.log_dir = str(Path("results").absolute())
     log.name = args.experiment
@@ -328,7 +332,7 @@ def set_logging(recipe, args, model):
     ]
     if args.generate_prompts:
         own.append(run.Config(samples.Samples, str(record), args.generate_tokens))
-    trainer.callbacks = [*(trainer.callbacks or []), *own]
+    _add_callbacks(recipe, *own)
     if args.wandb:
         recipe.log.wandb = run.Config(
             loggers.WeightsAndBiases,

@@ -4,7 +4,7 @@
     torchrun --nproc-per-node 2 tests/adapters_on_ranks.py cuda     # Transformer Engine's, a norm inside, NCCL
 
 Prints, in a line of JSON, how far the output and each gradient of a layer with an adapter lie from those of the whole,
-computed by one rank, of NeMo's own way, with its gradients of inputs mended, and split: {layer: {way: {what: error}}}.
+by NeMo's own way, with its gradients of inputs mended, and split: of each rank {layer: {way: {what: error}}}.
 """
 
 import json
@@ -56,14 +56,11 @@ def errors(name, device):
     rank, world = dist.get_rank(), dist.get_world_size()
     layer, normed = made(name, device)
     column = name == "linear_fc1"
-    inputs, outputs = SIZES[name]
     generator = torch.Generator().manual_seed(3)
-    whole, grad = (torch.randn(SEQUENCE, BATCH, size, generator=generator).to(device) for size in (inputs, outputs))
-    # A column-parallel layer gathers its input's sequence and splits its output's size, a row-parallel the other way.
-    by_sequence, by_size = (value.chunk(world, axis)[rank].contiguous() for value, axis in ((whole, 0), (whole, 2)))
-    x = (by_sequence if column else by_size).requires_grad_()
+    whole, grad = (torch.randn(SEQUENCE, BATCH, size, generator=generator).to(device) for size in SIZES[name])
+    x = whole.chunk(world, axis("input", column))[rank].contiguous().requires_grad_()
     out, _ = layer(x)
-    out.backward(grad.chunk(world, 2 if column else 0)[rank].contiguous())
+    out.backward(grad.chunk(world, axis("output", column))[rank].contiguous())
     a, b = layer.adapter.linear_in.weight, layer.adapter.linear_out.weight
     ours = {"output": out.detach(), "input": x.grad, "A": a.grad, "B": b.grad}
     ours = {what: gathered(value, axis(what, column)) for what, value in ours.items()}
@@ -80,7 +77,7 @@ def errors(name, device):
 
 
 def axis(what, column):
-    """Along which ranks have parts of it."""
+    """Along which ranks have parts of it: a column-parallel layer gathers the sequence, a row-parallel splits it."""
     return {"output": 2 if column else 0, "input": 0 if column else 2, "A": 0 if column else 1, "B": 0}[what]
 
 

@@ -192,7 +192,7 @@ def test_logits_of_answers_are_the_same_run(stages, flags):
 
 def test_adapters_that_are_split_train_as_nemos(stages):
     """Over two processes by TP and sequence: losses, validation and gradient norms, but for their last digits."""
-    flags = ["--peft", "lora", "--num_gpus", 2, "-T", 2, "--lora_rank", 4, "--lr", "1e-2"]
+    flags = [*LORA, "--num_gpus", 2, "-T", 2, "--lora_rank", 4, "--lr", "1e-2"]
     flags += ["--global_batch_size", 8, "--max_steps", 4, "--val_check_interval", 4]
     stock, _ = tune(stages, "split_off", *flags, "--performance", "off")
     split, _ = tune(stages, "split", *flags)
