@@ -5,6 +5,7 @@ From the repository root, on a machine with a GPU (rows that are measured alread
     python benchmarks/gpu.py --rows 1b-8192 8b-lora
     python benchmarks/gpu.py --rows ablation-1b=ours+mbs4,ours+mbs4+gc --seconds 500
     python benchmarks/gpu.py --layouts            # of all GPUs of this machine
+    python benchmarks/gpu.py --layouts --gpus 8 --rows shared   # losses and memory of eight ranks, on one GPU
     python benchmarks/gpu.py --table
 
 Each cell (a contestant in a row) runs in processes of its own, which imported NeMo while the cell before was measured.
@@ -244,22 +245,38 @@ LAYOUT_MODELS = (
     ("8b", "sft", 4096, 8, "+mbs1"),
 )
 REHEARSED_LAYOUTS = (("tiny", "pretrain", 128, 4, "+mbs1"), ("tiny", "sft", 256, 4, "+packed_2"))  # without a GPU
+# shared-*: losses of four of 1B's layers with few words, as NCCL sends over sockets there; peaks of the others.
+# Samples are of a micro batch.
+SHARED_LAYOUTS = (
+    ("1b_4", "pretrain", 2048, 4, "+mbs4"),
+    ("1b", "pretrain", 8192, 1, "+mbs1"),
+    ("3b", "pretrain", 8192, 1, "+mbs1"),
+    ("8b", "lora", 4096, 2, "+mbs2"),
+)
 # Fifty steps of the same samples in every layout: are the losses as near to one GPU's as those of other weights are?
 LAYOUT_PARITY = {"kind": "pretrain", "gbs": 8, "steps": 48, "warmup": 2, "lr": 3e-4}
 SEEDS = 4  # of one GPU; each layout draws its initial weights in its own order
 
 
+def layouts(gpus):
+    """{its name: TP, PP, CP, DP} of one GPU, and of every TP x PP x CP x DP of `gpus` of them, by powers of two."""
+    powers = [2**n for n in range(gpus.bit_length())]
+    found = [(t, p, c, gpus // (t * p * c)) for t, p, c in itertools.product(powers, repeat=3) if t * p * c <= gpus]
+    named = {}
+    for layout in ((1, 1, 1, 1), *found):
+        parts = [f"{name}{size}" for name, size in zip(("tp", "pp", "cp", "dp"), layout) if size > 1]
+        named["-".join(parts) or "one"] = layout
+    return named
+
+
 def layout_rows(models, gpus):
-    """The rows of --layouts: one GPU, and every TP x PP x CP x DP of `gpus` of them, by powers of two."""
-    rows, powers = {}, [2**n for n in range(gpus.bit_length())]
-    layouts = [(1, 1, 1, 1)]
-    layouts += [(t, p, c, gpus // (t * p * c)) for t, p, c in itertools.product(powers, repeat=3) if t * p * c <= gpus]
-    for layout in dict.fromkeys(layouts):
+    """The rows of --layouts."""
+    rows = {}
+    for name, layout in layouts(gpus).items():
         tp, pp, cp, dp = layout
-        named = [f"{name}{size}" for name, size in zip(("tp", "pp", "cp", "dp"), layout) if size > 1] or ["one"]
-        seeds = [f"ours seed {number}" for number in range(1, 1 + (SEEDS if named == ["one"] else 1))]
+        seeds = [f"ours seed {number}" for number in range(1, 1 + (SEEDS if name == "one" else 1))]
         shared = {"model": models[0][0], "seq": min(2048, models[0][2]), "layout": layout, **LAYOUT_PARITY}
-        rows["-".join(["layout-parity", *named])] = (shared, seeds)
+        rows[f"layout-parity-{name}"] = (shared, seeds)
         for model, kind, seq, samples, changes in models:
             shared = {"model": model, "kind": kind, "seq": seq, "gbs": samples * tp * pp * cp * dp, "layout": layout}
             ours = [f"ours{changes}"]
@@ -267,7 +284,27 @@ def layout_rows(models, gpus):
                 ours += [f"ours{changes}+nooverlap profile"] if dp * cp > 1 else []
                 ours += [f"ours{changes}+tp_overlap profile"] if tp > 1 else []
             ours += [f"ours{changes}+vpp"] if pp > 1 else []
-            rows["-".join(["layout", model, kind, *named])] = (shared, (f"stock{changes}", *ours))
+            rows[f"layout-{model}-{kind}-{name}"] = (shared, (f"stock{changes}", *ours))
+    return rows
+
+
+def shared_rows(models, gpus):
+    """The rows shared-*: the first model's losses, as "layout-parity-*" has them, and the others' peaks of memory."""
+    rows, (parity, *others) = {}, models
+    for name, layout in layouts(gpus).items():
+        _, pp, _, dp = layout
+        ours = f"ours+mbs{min(4, LAYOUT_PARITY['gbs'] // dp)}"
+        seeds = [f"{ours} seed {number}" for number in range(1, 1 + (SEEDS if name == "one" else 1))]
+        shared = {"share_gpu": True, "layout": layout}
+        rows[f"shared-parity-{name}"] = (shared | LAYOUT_PARITY | {"model": parity[0], "seq": parity[2]}, seeds)
+        if name == "one":  # its peaks are those of other rows
+            continue
+        for model, kind, seq, samples, changes in others:
+            sizes = {"model": model, "kind": kind, "seq": seq, "gbs": samples * dp * max(2, pp)}
+            rows[f"shared-memory-{model}-{kind}-{name}"] = (
+                shared | sizes | {"steps": 1, "warmup": 1},
+                (f"ours{changes}",),
+            )
     return rows
 
 
@@ -282,7 +319,10 @@ def parse_args(argv=None):
     )
     parser.add_argument("--seconds", type=float, default=540, help="start no cell that would end later than this [540]")
     parser.add_argument(
-        "--layouts", action="store_true", help="the rows layout-*, of all layouts of --gpus; or some, by --rows"
+        "--layouts",
+        action="store_true",
+        help="the rows layout-*, of all layouts of --gpus; or some, by --rows; shared-*: losses and memory of ranks "
+        "that are all on one GPU, each as a node",
     )
     parser.add_argument("--gpus", type=int, help="[all of this machine]")
     parser.add_argument("--steps", type=int, help="timed steps [15; the ablations 8]")
@@ -376,6 +416,9 @@ class Processes:
         try:
             for number, rank in enumerate(ranks):
                 own = shared | {"RANK": number, "LOCAL_RANK": number} if world > 1 else {}
+                if world > 1 and cell.get("share_gpu"):
+                    own |= {"LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1, "GROUP_RANK": number}
+                    own |= {"NCCL_HOSTID": number, "NCCL_SOCKET_IFNAME": "lo"}  # one host's ranks it refuses one GPU
                 with contextlib.suppress(BrokenPipeError):
                     rank.stdin.write(json.dumps({"cell": cell, "environment": own, "folder": folder}) + "\n")
                     rank.stdin.flush()
@@ -515,7 +558,8 @@ def run(args):
     ranks = {}
     for cell in todo:
         ranks[cell["stack"]] = max(ranks.get(cell["stack"], 1), math.prod(cell["layout"]))
-    ahead = 2 if args.accelerator == "gpu" else 1  # an import takes longer than the steps of a small cell
+    # An import takes longer than the steps of a small cell; ranks that share a GPU are slow, and many.
+    ahead = 2 if args.accelerator == "gpu" and not any(cell.get("share_gpu") for cell in todo) else 1
     processes = {stack: Processes(stack, args, folder, ahead * count) for stack, count in ranks.items()}
     if args.accelerator == "gpu" and todo:
         ceilings = Processes("ceilings", args, folder, 1)
@@ -542,6 +586,7 @@ def run(args):
                 longest[cell["row"]] = max(took, longest.get(cell["row"], 0))
             row |= {"machine": name, "wall_s": round(took, 1), "date": time.strftime("%Y-%m-%d %H:%M")}
             row |= {key: cell[key] for key in ("model", "kind", "seq", "gbs", "seed", "layout")}
+            row |= {"share_gpu": True} if cell.get("share_gpu") else {}
             results["rows"].setdefault(cell["row"], {})[f"{cell['name']} @ {name}"] = row
             save(args.results, results)
             print(line(cell["row"], cell["name"], row), flush=True)
@@ -558,11 +603,14 @@ def line(row, name, found):
     padding = f" padding {found['padding']:.1%}" if "padding" in found else ""
     world = math.prod(found.get("layout", ()))
     memory = f"{found.get('allocated_gb', 0)}/{found.get('reserved_gb', 0)} GB"
+    loss = f"loss {found['loss'][0]:.3f} -> {found['loss'][-1]:.3f}"
+    if found.get("share_gpu"):  # its speed is of nothing
+        return f"{row:14} {name:40} {world} ranks on one GPU  {memory} a rank  {loss}  [{found['wall_s']} s]"
     return (
         f"{row:14} {name:40} {found['tok_s']:>7,} tok/s{' a GPU' if world > 1 else ''}  "
         f"{found['tflops']:6.1f} TFLOP/s  MFU {found['mfu']:.1%}  "
         f"{found['step_s']:.3f} s ({found['step_min']:.3f}-{found['step_max']:.3f})  mbs {found['micro_batch_size']}  "
-        f"{memory}  loss {found['loss'][0]:.3f} -> {found['loss'][-1]:.3f}{idle or ''}{padding}  [{found['wall_s']} s]"
+        f"{memory}  {loss}{idle or ''}{padding}  [{found['wall_s']} s]"
     )
 
 
@@ -584,7 +632,8 @@ def table(args):
     # Before 2026-11-29 the tokens were independent of one another; on that day the rate was ten times today's.
     for row in ("iid-parity", "lr3e-4-parity", "parity", "parity-slow", "parity-lora"):
         parity(row, results["rows"].get(row, {}))
-    layout_parity(results)
+    layout_parity(results, "layout")
+    layout_parity(results, "shared")
     if args.plot:
         plot(results, args.plot)
 
@@ -606,21 +655,20 @@ def parity(row, contestants):
         print(f"  half of the standard deviation of stock's with {len(seeds)} seeds: {statistics.stdev(seeds) / 2:.5f}")
 
 
-def layout_parity(results):
+def layout_parity(results, kind):
     """Mean loss of the second half of fifty steps in each layout, beside one GPU's with other initial weights."""
     found = {
-        (row.removeprefix("layout-parity-"), key.split(" @ ")[0]): sum(cell["loss"][25:]) / len(cell["loss"][25:])
+        (row.removeprefix(f"{kind}-parity-"), key.split(" @ ")[0]): sum(cell["loss"][25:]) / len(cell["loss"][25:])
         for row, contestants in results["rows"].items()
         for key, cell in contestants.items()
-        if row.startswith("layout-parity-") and len(cell.get("loss", ())) > 25
+        if row.startswith(f"{kind}-parity-") and len(cell.get("loss", ())) > 25
     }
     seeds = [mean for (layout, _), mean in found.items() if layout == "one"]
     if len(seeds) < 2:
         return
     middle, spread = statistics.mean(seeds), statistics.stdev(seeds)
-    print(
-        f"\nmean loss from step 26 on; of one GPU with {len(seeds)} seeds {middle:.5f}, standard deviation {spread:.5f}"
-    )
+    print(f"\n{kind}-parity: mean loss from step 26 on")
+    print(f"  of one GPU with {len(seeds)} seeds {middle:.5f}, standard deviation {spread:.5f}")
     for (layout, name), mean in found.items():
         print(f"  {layout:16} {name:14} {mean:.5f}, {(mean - middle) / spread:+.1f} of them")
 
@@ -635,7 +683,7 @@ def plot(results, path):
     rows = {
         row: {k.split(" @ ")[0]: v["tok_s"] for k, v in c.items() if "tok_s" in v} for row, c in results["rows"].items()
     }
-    rows = {row: values for row, values in rows.items() if values and not row.startswith("tiny")}
+    rows = {row: values for row, values in rows.items() if values and not row.startswith(("tiny", "shared"))}
     sizes = [len(values) for values in rows.values()]
     figure, axes = pyplot.subplots(
         len(rows),
@@ -663,8 +711,9 @@ def plot(results, path):
 def main(argv=None):
     args = parse_args(argv)
     if args.layouts:
-        models = LAYOUT_MODELS if args.accelerator == "gpu" else REHEARSED_LAYOUTS
-        ROWS.update(layout_rows(models, args.gpus or preflight.gpus_here()))
+        gpus, rehearsed = args.gpus or preflight.gpus_here(), args.accelerator == "cpu"
+        ROWS.update(layout_rows(REHEARSED_LAYOUTS if rehearsed else LAYOUT_MODELS, gpus))
+        ROWS.update(shared_rows(REHEARSED_LAYOUTS if rehearsed else SHARED_LAYOUTS, gpus))
     if args.serve:
         serve(args)
     elif args.table:

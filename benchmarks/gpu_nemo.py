@@ -29,6 +29,7 @@ from nemo_tutorial import compat, performance, recipes
 ROOT = Path(__file__).resolve().parents[1]
 MODELS = {  # name -> (NeMo's config, NeMo's recipe, changed sizes)
     "1b": ("Llama32Config1B", "llama32_1b", {}),
+    "1b_4": ("Llama32Config1B", "llama32_1b", {"num_layers": 4}),
     "3b": ("Llama32Config3B", "llama32_3b", {}),
     "8b": ("Llama31Config8B", "llama31_8b", {}),
     "tiny": (
@@ -37,7 +38,7 @@ MODELS = {  # name -> (NeMo's config, NeMo's recipe, changed sizes)
         {"num_layers": 2, "hidden_size": 128, "ffn_hidden_size": 384, "num_attention_heads": 4, "num_query_groups": 2},
     ),
 }
-VOCABULARY = {"tiny": 2048}
+VOCABULARY = {"tiny": 2048, "1b_4": 16384}
 END = 1  # of gpu.py's tokenizer
 
 
@@ -338,7 +339,8 @@ def flags(cell):
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
     tp, pp, cp, _ = cell["layout"]
-    words = f"--dataset_path none --experiment benchmark --num_gpus {math.prod(cell['layout'])}"
+    nodes, gpus = (math.prod(cell["layout"]), 1) if cell.get("share_gpu") else (1, math.prod(cell["layout"]))
+    words = f"--dataset_path none --experiment benchmark --num_nodes {nodes} --num_gpus {gpus}"
     words += f" --accelerator {cell['accelerator']} -T {tp} -P {pp} -C {cp}"
     words += f" --seq_length {cell['seq']} --global_batch_size {cell['gbs']} --max_steps {cell['total']}"
     words += f" --lr {cell['lr']} --min_lr {cell['lr'] / 10} --warmup_steps {max(1, cell['total'] // 10)}"

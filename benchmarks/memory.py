@@ -19,15 +19,15 @@ from nemo_tutorial import memory, models, performance, preflight, terminal
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = {
     "architectures": ["LlamaForCausalLM"],
-    "vocab_size": 128256,
     "num_key_value_heads": 8,
     "max_position_embeddings": 131072,
 }
-NAMES = "num_hidden_layers hidden_size intermediate_size num_attention_heads head_dim tie_word_embeddings".split()
+NAMES = "num_hidden_layers hidden_size intermediate_size num_attention_heads head_dim tie_word_embeddings vocab_size"
 SHAPES = {
-    "1b": (16, 2048, 8192, 32, 64, True),
-    "3b": (28, 3072, 8192, 24, 128, True),
-    "8b": (32, 4096, 14336, 32, 128, False),
+    "1b_4": (4, 2048, 8192, 32, 64, True, 16384),
+    "1b": (16, 2048, 8192, 32, 64, True, 128256),
+    "3b": (28, 3072, 8192, 24, 128, True, 128256),
+    "8b": (32, 4096, 14336, 32, 128, False, 128256),
 }
 DTYPES = {"torch.float32": "fp32", "torch.bfloat16": "bf16", "torch.uint8": "fp8"}
 WHOLE = "2026-11-30 12"  # until then Adam made float32 copies of all small states at once (now adam.in_parts)
@@ -38,7 +38,7 @@ def shape(name):
     """The models.Model of a shape that gpu.py trains."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "config.json"
-        path.write_text(json.dumps(SHARED | dict(zip(NAMES, SHAPES[name]))))
+        path.write_text(json.dumps(SHARED | dict(zip(NAMES.split(), SHAPES[name]))))
         return models.from_config(path)
 
 

@@ -83,6 +83,8 @@ def packing_problems(args, model):
         reason, cure = f"NeMo's {model.family.nemo_model}, whose attention takes no packs", "leave it out"
     elif args.context_parallel_size > 1:
         reason = "--context_parallel_size above 1: every NeMo 2 cuts a pack wrongly there"
+    elif args.precision == "fp32" and args.accelerator == "gpu":
+        reason = "--precision fp32 on a GPU: Transformer Engine's attention there takes no packs of NeMo's"
     elif args.micro_batch_size > 1:
         reason = f"--micro_batch_size {args.micro_batch_size}: a pack is a micro batch already, of one"
     if reason and asked:

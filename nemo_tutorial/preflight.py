@@ -187,6 +187,11 @@ def sequence_problems(args):
             f"--context_parallel_size {cp} needs Transformer Engine, so a GPU: not in the no-GPU mode; "
             "use --context_parallel_size 1"
         )
+    elif cp > 1 and args.precision == "fp32":
+        problems.append(
+            f"--context_parallel_size {cp} and --precision fp32 exclude one another: attention by CP "
+            "is Transformer Engine's of 16 bits; leave one out"
+        )
     if tp > 1 and args.seq_length // cp % tp:
         problems.append(
             f"--seq_length {args.seq_length} / CP {cp} is not a multiple of TP {tp}; "

@@ -25,7 +25,9 @@ def main(device):
     if device == "cpu":
         import nemo_tutorial.cpu  # noqa: F401  patches Megatron
     else:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+        if torch.cuda.device_count() < int(os.environ["WORLD_SIZE"]):
+            os.environ["NCCL_HOSTID"] = os.environ["RANK"]  # to NCCL a host each: those of one can't share a GPU
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import random
     from nemo.collections.llm.peft.lora import LoRALinear

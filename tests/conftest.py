@@ -5,15 +5,19 @@ import importlib.util
 import json
 import os
 import pickle
+import socket
 import struct
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from building import build, tuned_stages  # noqa: F401  fixtures
 from hub_server import here, server  # noqa: F401  fixtures
 from slurm_cluster import cluster  # noqa: F401  a fixture
+
+from nemo_tutorial import preflight
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = {
@@ -252,6 +256,25 @@ def script(folder, name, *flags, check=True, **env):
         said = f"{result.stdout[-6000:]}\n{result.stderr[-3000:]}"
         raise AssertionError(f"{name} exited with {result.returncode}\n{said}")
     return result
+
+
+def on_nodes(folder, name, nodes, *flags, **env):
+    """Run a script as so many nodes of one process each, all of them here; returns each one's CompletedProcess."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(taken.getsockname()[1]), "NCCL_SOCKET_IFNAME": "lo"}
+    flags = [*flags, "--num_nodes", nodes, "--num_gpus", 1]
+    with ThreadPoolExecutor(nodes) as pool:
+        # To NCCL a host each: ranks of one host it refuses the same GPU.
+        own = [{"NODE_RANK": str(node), "NCCL_HOSTID": str(node)} for node in range(nodes)]
+        return list(pool.map(lambda node: script(folder, name, *flags, **env, **node), own))
+
+
+def on_ranks(folder, name, ranks, *flags, **env):
+    """Run a script on so many GPUs, or as many nodes that share this machine's one; returns the first's process."""
+    if 0 < preflight.gpus_here() < ranks:
+        return on_nodes(folder, name, ranks, *flags, **env)[0]
+    return script(folder, name, *flags, "--num_gpus", ranks, **env)
 
 
 @pytest.fixture(scope="session")

@@ -239,8 +239,8 @@ def test_off_leaves_the_recipe_as_it_was():
 
 @pytest.mark.nemo
 def test_the_benchmark_can_be_rehearsed(tmp_path):
-    """One process, two, packs on two, and a peer, each in processes of its own; what is measured is left out again."""
-    rows = ["layout-parity-tp2", "layout-tiny-sft-dp2=ours+packed_2", "tiny=ours,transformers"]
+    """One process, two, packs on two, two as nodes, and a peer, in processes of their own; no cell twice."""
+    rows = ["layout-parity-tp2", "shared-parity-dp2", "layout-tiny-sft-dp2=ours+packed_2", "tiny=ours,transformers"]
     command = [sys.executable, str(ROOT / "benchmarks/gpu.py"), "--accelerator", "cpu", "--layouts", "--gpus", "2"]
     command += ["--steps", "2", "--results", str(tmp_path / "gpu.json"), "--rows", *rows]
     done = subprocess.run(command, capture_output=True, text=True, timeout=400)
@@ -249,7 +249,8 @@ def test_the_benchmark_can_be_rehearsed(tmp_path):
     cells = {(row, name.split(" @")[0]): cell for row, names in found.items() for name, cell in names.items()}
     packs = cells.pop(("layout-tiny-sft-dp2", "ours+packed_2"))
     assert packs["step_s"] > 0 and packs["padding"] < 0.1 and packs["tokens_a_step"] > 0.9 * 4 * 256
-    assert set(cells) == {("layout-parity-tp2", "ours seed 1"), ("tiny", "ours"), ("tiny", "transformers")}
+    names = {("layout-parity-tp2", "ours seed 1"), ("shared-parity-dp2", "ours+mbs4 seed 1")}
+    assert set(cells) == names | {("tiny", "ours"), ("tiny", "transformers")}
     for cell in cells.values():
         assert cell["step_s"] > 0 and cell["loss"][-1] < cell["loss"][0], cell
     again = subprocess.run(command, capture_output=True, text=True, timeout=30)  # shorter than an import of NeMo

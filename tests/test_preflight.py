@@ -231,6 +231,10 @@ LAYOUT = [
         {"num_gpus": 2, "context_parallel_size": 2, "seq_length": 66, "accelerator": "gpu"},
         ["--seq_length 66", "2 x --context_parallel_size 2"],
     ),
+    (
+        {"num_gpus": 2, "context_parallel_size": 2, "precision": "fp32", "accelerator": "gpu"},
+        ["--context_parallel_size 2 and --precision fp32", "leave one out"],
+    ),
     ({"num_gpus": 2, "tensor_model_parallel_size": 2, "seq_length": 65}, ["--seq_length 65", "TP 2"]),
     ({"fp8": True}, ["--fp8 needs a GPU", "no-GPU mode"]),
     ({"fp8": True, "accelerator": "gpu", "num_gpus": 1, "seq_length": 40}, ["--seq_length 40", "16", "--fp8"]),
@@ -474,6 +478,7 @@ def test_system_prompt_without_a_place(refused):
 WITHOUT_PACKING = [
     ({"micro_batch_size": 2}, "--micro_batch_size 2: a pack is a micro batch already"),
     ({"accelerator": "gpu", "num_gpus": 2, "context_parallel_size": 2}, "--context_parallel_size above 1"),
+    ({"accelerator": "gpu", "num_gpus": 1, "precision": "fp32"}, "--precision fp32 on a GPU"),
 ]
 
 

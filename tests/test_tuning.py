@@ -3,7 +3,9 @@
 import json
 
 import pytest
-from conftest import own_environment, script
+from conftest import on_ranks, own_environment
+
+from nemo_tutorial import preflight
 
 pytestmark = pytest.mark.nemo
 LENGTHS = (7, 12, 9)  # of three samples in a pack of 32: its last 4 places are padding
@@ -143,7 +145,7 @@ def test_logits_of_answers_alone(model, answers, share, rows):
     assert model(batch["tokens"], batch["position_ids"], batch["attention_mask"], batch["labels"]).ne(0).all()
 
 
-def tune(stages, name, *flags):
+def tune(stages, name, *flags, ranks=1):
     """The metrics of a run, by step, and what it printed."""
     folder = stages / "sixteen"
     if not folder.is_dir():
@@ -151,7 +153,8 @@ def tune(stages, name, *flags):
         for part in ("training", "validation"):
             lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS]
             (folder / f"{part}.jsonl").write_text("".join(lines), encoding="utf-8")
-    said = script(stages, "finetuning/finetune.py", "--experiment", name, *FLAGS.split(), *flags).stdout
+    flags = ["--experiment", name, *FLAGS.split(), *flags]
+    said = on_ranks(stages, "finetuning/finetune.py", ranks, *flags).stdout
     lines = (stages / "results" / name / "record" / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines], said
 
@@ -169,14 +172,14 @@ def test_packed_and_unpacked_runs_are_the_same(stages):
     flags = ["--global_batch_size", 16, "--max_steps", 3, "--val_check_interval", 3, "--lr", "1e-3"]
     unpacked, said = tune(stages, "unpacked", *flags, "--micro_batch_size", 4)
     assert "packing is off" in said and "none: one row a sample" in said
-    packed, said = tune(stages, "packed", *flags, "--num_gpus", 2)
+    packed, said = tune(stages, "packed", *flags, ranks=2)
     assert "with 16 rows of" in said and "packs of" in said
     near(packed, unpacked)
     for line, other in zip(packed, unpacked):  # real tokens: neither the packs' padding nor the rows'
         assert line.get("tokens") == other.get("tokens")
     assert sum("val_loss" in line for line in packed) >= 2 and sum("loss" in line for line in packed) == 3
     # Packs of several times --seq_length, as on a GPU; one to a step, which passes through two stages.
-    longer, said = tune(stages, "longer", *flags, "--num_gpus", 2, "-P", 2, "--packed_sequence_size", 2048)
+    longer, said = tune(stages, "longer", *flags, "-P", 2, "--packed_sequence_size", 2048, ranks=2)
     assert "1 packs of 2048, with 16 rows of" in said
     near(longer, unpacked)
 
@@ -192,10 +195,10 @@ def test_logits_of_answers_are_the_same_run(stages, flags):
 
 def test_adapters_that_are_split_train_as_nemos(stages):
     """Over two processes by TP and sequence: losses, validation and gradient norms, but for their last digits."""
-    flags = [*LORA, "--num_gpus", 2, "-T", 2, "--lora_rank", 4, "--lr", "1e-2"]
+    flags = [*LORA, "-T", 2, "--lora_rank", 4, "--lr", "1e-2"]
     flags += ["--global_batch_size", 8, "--max_steps", 4, "--val_check_interval", 4]
-    stock, _ = tune(stages, "split_off", *flags, "--performance", "off")
-    split, _ = tune(stages, "split", *flags)
+    stock, _ = tune(stages, "split_off", *flags, "--performance", "off", ranks=2)
+    split, _ = tune(stages, "split", *flags, ranks=2)
     near(split, stock)
     norms = [[line["grad_norm"] for line in lines if "grad_norm" in line] for lines in (split, stock)]
     assert len(norms[0]) == 4 and norms[0] != norms[1]  # it was another way
@@ -206,12 +209,14 @@ def test_adapters_that_are_split_train_as_nemos(stages):
 def test_a_packed_run_goes_on_where_it_stopped(stages, peft, layout):
     """With the same packs in the same order, on two processes as on one: of 8 rows a step, which are 6 packs."""
     name = f"{'lora' if peft else 'all'}{len(layout)}"
-    flags = ["--global_batch_size", 8, "--max_steps", 6, "--lr", "1e-3", *peft]
+    gpu = preflight.gpus_here() > 0  # whose attention of packs is of 16 bits
+    flags = [*"-g 8 --max_steps 6 --lr 1e-3 --precision".split(), "bf16" if gpu else "fp32", *peft]
     unbroken, _ = tune(stages, f"unbroken_{name}", *flags, "--val_check_interval", 3)
     tune(stages, f"broken_{name}", *flags, "--exit_interval", 3)
-    resumed, said = tune(stages, f"broken_{name}", *flags, "--exit_interval", 3, "--num_gpus", 2, *layout)
+    resumed, said = tune(stages, f"broken_{name}", *flags, "--exit_interval", 3, *layout, ranks=2)
     assert "goes on from step 3" in said
     steps = {line["step"]: line["loss"] for line in resumed if "loss" in line}
     expected = {line["step"]: line["loss"] for line in unbroken if "loss" in line}
     assert len({round(loss, 4) for loss in expected.values()}) == 6
-    assert steps == pytest.approx(expected, abs=1e-5 if not peft else 1e-3)
+    print(name, "largest difference of a loss:", max(abs(steps[step] - loss) for step, loss in expected.items()))
+    assert steps == pytest.approx(expected, abs=0.02 if gpu else 1e-3 if peft else 1e-5)
