@@ -1,12 +1,13 @@
 """LoRA where tensor parallelism splits the sequence: a rank of a process group that torchrun has started.
 
-    torchrun --nproc-per-node 2 tests/adapters_on_ranks.py cpu      # Megatron's layers, gloo
-    torchrun --nproc-per-node 2 tests/adapters_on_ranks.py cuda     # Transformer Engine's, a norm inside, NCCL
+    torchrun --nproc-per-node 2 tests/adapters_on_ranks.py cpu   # Megatron's layers, gloo
+    torchrun --nproc-per-node 2 tests/adapters_on_ranks.py cuda  # Transformer Engine's with norms, NCCL, a GPU or two
 
 Prints, in a line of JSON, how far the output and each gradient of a layer with an adapter lie from those of the whole,
 by NeMo's own way, with its gradients of inputs mended, and split: of each rank {layer: {way: {what: error}}}.
 """
 
+import argparse
 import json
 import os
 import sys
@@ -127,4 +128,6 @@ def made(name, device):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("device", choices=("cpu", "cuda"))
+    main(parser.parse_args().device)
