@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from nemo_tutorial import checkpoints, preflight, prompts
+from nemo_tutorial import preflight, prompts
 
 LIMIT = 32  # prompts: each costs as many forward passes as --generate_tokens, at each validation
 
@@ -48,8 +48,8 @@ def _answered(row):
     return {"output": "", **row} if isinstance(row, dict) and "messages" not in row else row
 
 
-def write(args, stage, folder, tokenizer_folder):
-    """Write record/prompts.json of the run in `folder`, for the ranks.
+def asked(args, stage, tokenizer_folder):
+    """The content of a run's record/prompts.json, which its ranks read, as text.
 
     In pretraining a prompt is the beginning of a text; in tuning it is asked by the chat template, as in training.
     Raises ValueError for a prompt that is too long, or that the template refuses.
@@ -62,8 +62,8 @@ def write(args, stage, folder, tokenizer_folder):
 
         code = models.tokenizer_code(tokenizer_folder)
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, trust_remote_code=bool(code))
-        asked = [{"text": prompts.messages(_answered(row))[-2]["content"]} for row in rows]
-        tokens = [tokenizer(prompt["text"])["input_ids"] for prompt in asked]
+        found = [{"text": prompts.messages(_answered(row))[-2]["content"]} for row in rows]
+        tokens = [tokenizer(prompt["text"])["input_ids"] for prompt in found]
         ends = [tokenizer.eos_token_id]
         if all(ids and ids[-1] == tokenizer.eos_token_id for ids in tokens):  # it would end each prompt
             tokens = [ids[:-1] for ids in tokens]
@@ -73,13 +73,13 @@ def write(args, stage, folder, tokenizer_folder):
         texts = [chat.text(talk[:-1], ask=True) for talk in talks]
         tokens = [chat.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
         ends = [chat.end, chat.tokenizer.eos_token_id]
-        asked = [{"text": talk[-2]["content"], "expected": talk[-1]["content"]} for talk in talks]
-    for prompt, ids in zip(asked, tokens):
+        found = [{"text": talk[-2]["content"], "expected": talk[-1]["content"]} for talk in talks]
+    for prompt, ids in zip(found, tokens):
         if not 0 < len(ids) <= args.seq_length - args.generate_tokens:
             raise ValueError(
                 f"--generate_prompts: {prompt['text'][:60]!r} has {len(ids)} tokens, which with --generate_tokens "
                 f"{args.generate_tokens} is not within --seq_length {args.seq_length}; shorten one"
             )
         prompt["tokens"] = ids
-    content = {"ends": sorted({end for end in ends if end is not None}), "prompts": asked}
-    checkpoints.write_whole(folder / "record" / "prompts.json", json.dumps(content, ensure_ascii=False))
+    content = {"ends": sorted({end for end in ends if end is not None}), "prompts": found}
+    return json.dumps(content, ensure_ascii=False)

@@ -444,7 +444,8 @@ def start(args, stage, source, build_recipe, prepare=None):
         return
     for checkpoint in source.checkpoints():
         _check_content(checkpoint)
-    # Without Slurm each node has a launcher; the first does what is done once, and the others wait for it.
+    # Without Slurm each node has a launcher. What is done once, before the ranks and after, the first does; two that
+    # write one file, or rewrite one checkpoint, come in each other's way. The others wait for it.
     several = args.executor == "local" and args.num_nodes > 1
     first = not several or os.environ["NODE_RANK"] == "0"
     if prepare and first:
@@ -454,15 +455,37 @@ def start(args, stage, source, build_recipe, prepare=None):
             terminal.fail([f"before the launch: {error}"], code=1)
     if several:
         _meet(args, PREPARING)
-    run = folder(args)
-    (run / "record").mkdir(parents=True, exist_ok=True)
+    run, asked = folder(args), None
     if args.generate_prompts:
         try:
-            questions.write(args, stage, run, source.tokenizer_folder())
+            asked = questions.asked(args, stage, source.tokenizer_folder())
         except ValueError as error:
             terminal.fail([str(error)])
-    history = record(run)
+    if first:
+        _keep_record(args, stage, source, written, asked)
+        code, lines = _until_done(recipe, args, stage, source)
+    else:
+        code, lines = executors.launch(recipe, args, stage)
+    last = checkpoints.latest(run)
+    words = {0: "done", 2: "nothing was started", 130: "interrupted", 143: "stopped by a signal"}
+    rows = [("result", words.get(code, "failed"))]
+    rows += [("", line) for line in lines]
+    if args.executor == "local" and first:
+        rows.append(("report", report.write_if_possible(run, rows[0][1])))
+    rows += [("last checkpoint", last or "none complete"), ("seconds", f"{time.monotonic() - began:.0f}")]
+    terminal.describe(f"{stage} in {run}", rows)
+    # Not sys.exit: threads of NeMo-Run and of the loggers may still wait for a job that is gone.
+    os._exit(code)
+
+
+def _keep_record(args, stage, source, written, asked):
+    """Write what the run's record says of this start, and the prompts that its ranks answer."""
+    run = folder(args)
+    (run / "record").mkdir(parents=True, exist_ok=True)
+    if asked:
+        checkpoints.write_whole(run / "record" / "prompts.json", asked)
     (run / "record" / "config.yaml").write_text(written, encoding="utf-8")
+    history = record(run)
     hidden = ("recipe", "written")  # these are in config.yaml
     kept = {name: value for name, value in vars(args).items() if not name.endswith("_token") and name not in hidden}
     data = kept.pop("data_files", None)
@@ -480,21 +503,8 @@ def start(args, stage, source, build_recipe, prepare=None):
             },
         ],
     }
-    if first:
-        report.keep_lineage(run, history)
-        text = json.dumps(history, indent=1, ensure_ascii=False)
-        checkpoints.write_whole(run / "record" / "run.json", text)
-    code, lines = _until_done(recipe, args, stage, source)
-    last = checkpoints.latest(run)
-    words = {0: "done", 2: "nothing was started", 130: "interrupted", 143: "stopped by a signal"}
-    rows = [("result", words.get(code, "failed"))]
-    rows += [("", line) for line in lines]
-    if args.executor == "local":
-        rows.append(("report", report.write_if_possible(run, rows[0][1])))
-    rows += [("last checkpoint", last or "none complete"), ("seconds", f"{time.monotonic() - began:.0f}")]
-    terminal.describe(f"{stage} in {run}", rows)
-    # Not sys.exit: threads of NeMo-Run and of the loggers may still wait for a job that is gone.
-    os._exit(code)
+    report.keep_lineage(run, history)
+    checkpoints.write_whole(run / "record" / "run.json", json.dumps(history, indent=1, ensure_ascii=False))
 
 
 def _meet(args, seconds):

@@ -19,7 +19,7 @@ from nemo_tutorial import callbacks, metrics
 class Samples(Callback):
     """At each validation, before the first step too, append {"step", "seconds", "replies"} to samples.jsonl.
 
-    `record` is the folder of prompts.json, which questions.write has made. A reply has "prompt", "reply", and "ended":
+    `record` is the folder of prompts.json, which questions.asked has made. A reply has "prompt", "reply", and "ended":
     whether it stopped by an end token before `tokens` were said.
     """
 

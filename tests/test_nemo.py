@@ -126,8 +126,9 @@ def test_layouts_agree(stages, one_process, name, flags, parameters):
     for step, line in losses.items():
         assert abs(line["loss"] - one_process[step]["loss"]) < 1e-3, (step, line, one_process[step])
     assert losses[10]["loss"] < 0.9 * losses[1]["loss"]
-    log = next((stages / "experiments" / name).rglob("combined.log")).read_text()
-    found = dict(re.findall(r"rank (\d) holds ([\d,]+) parameters", log))
+    folders = (stages / "experiments" / folder for folder in (name, f"{name}_node1"))  # the second, of ranks as nodes
+    logs = [log.read_text() for folder in folders for log in folder.rglob("combined.log")]
+    found = dict(re.findall(r"rank (\d) holds ([\d,]+) parameters", "".join(logs)))
     assert [int(found[rank].replace(",", "")) for rank in sorted(found)] == parameters
 
 
