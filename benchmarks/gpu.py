@@ -245,13 +245,13 @@ LAYOUT_MODELS = (
     ("8b", "sft", 4096, 8, "+mbs1"),
 )
 REHEARSED_LAYOUTS = (("tiny", "pretrain", 128, 4, "+mbs1"), ("tiny", "sft", 256, 4, "+packed_2"))  # without a GPU
-# shared-*: losses of four of 1B's layers with few words, as NCCL sends over sockets there; peaks of the others.
-# Samples are of a micro batch.
+# shared-*: model, kind, sequence, samples of a micro batch. Losses of the first, four of 1B's layers with few words, as
+# NCCL sends over sockets there; peaks of memory of the others.
 SHARED_LAYOUTS = (
-    ("1b_4", "pretrain", 2048, 4, "+mbs4"),
-    ("1b", "pretrain", 8192, 1, "+mbs1"),
-    ("3b", "pretrain", 8192, 1, "+mbs1"),
-    ("8b", "lora", 4096, 2, "+mbs2"),
+    ("1b_4", "pretrain", 2048, 4),
+    ("1b", "pretrain", 8192, 1),
+    ("3b", "pretrain", 8192, 1),
+    ("8b", "lora", 4096, 2),
 )
 # Fifty steps of the same samples in every layout: are the losses as near to one GPU's as those of other weights are?
 LAYOUT_PARITY = {"kind": "pretrain", "gbs": 8, "steps": 48, "warmup": 2, "lr": 3e-4}
@@ -290,21 +290,19 @@ def layout_rows(models, gpus):
 
 def shared_rows(models, gpus):
     """The rows shared-*: the first model's losses, as "layout-parity-*" has them, and the others' peaks of memory."""
-    rows, (parity, *others) = {}, models
+    rows, ((parity, _, length, most), *others) = {}, models
     for name, layout in layouts(gpus).items():
         _, pp, _, dp = layout
-        ours = f"ours+mbs{min(4, LAYOUT_PARITY['gbs'] // dp)}"
+        ours = f"ours+mbs{min(most, LAYOUT_PARITY['gbs'] // dp)}"
         seeds = [f"{ours} seed {number}" for number in range(1, 1 + (SEEDS if name == "one" else 1))]
         shared = {"share_gpu": True, "layout": layout}
-        rows[f"shared-parity-{name}"] = (shared | LAYOUT_PARITY | {"model": parity[0], "seq": parity[2]}, seeds)
+        rows[f"shared-parity-{name}"] = (shared | LAYOUT_PARITY | {"model": parity, "seq": length}, seeds)
         if name == "one":  # its peaks are those of other rows
             continue
-        for model, kind, seq, samples, changes in others:
+        for model, kind, seq, samples in others:
             sizes = {"model": model, "kind": kind, "seq": seq, "gbs": samples * dp * max(2, pp)}
-            rows[f"shared-memory-{model}-{kind}-{name}"] = (
-                shared | sizes | {"steps": 1, "warmup": 1},
-                (f"ours{changes}",),
-            )
+            sizes |= {"steps": 1, "warmup": 1}
+            rows[f"shared-memory-{model}-{kind}-{name}"] = (shared | sizes, (f"ours+mbs{samples}",))
     return rows
 
 
@@ -585,8 +583,8 @@ def run(args):
             if cell is not todo[0]:  # that one waits for the import
                 longest[cell["row"]] = max(took, longest.get(cell["row"], 0))
             row |= {"machine": name, "wall_s": round(took, 1), "date": time.strftime("%Y-%m-%d %H:%M")}
-            row |= {key: cell[key] for key in ("model", "kind", "seq", "gbs", "seed", "layout")}
-            row |= {"share_gpu": True} if cell.get("share_gpu") else {}
+            kept = ("model", "kind", "seq", "gbs", "seed", "layout", "share_gpu")
+            row |= {key: cell[key] for key in kept if key in cell}
             results["rows"].setdefault(cell["row"], {})[f"{cell['name']} @ {name}"] = row
             save(args.results, results)
             print(line(cell["row"], cell["name"], row), flush=True)
@@ -713,7 +711,7 @@ def main(argv=None):
     if args.layouts:
         gpus, rehearsed = args.gpus or preflight.gpus_here(), args.accelerator == "cpu"
         ROWS.update(layout_rows(REHEARSED_LAYOUTS if rehearsed else LAYOUT_MODELS, gpus))
-        ROWS.update(shared_rows(REHEARSED_LAYOUTS if rehearsed else SHARED_LAYOUTS, gpus))
+        ROWS.update(shared_rows([row[:4] for row in REHEARSED_LAYOUTS] if rehearsed else SHARED_LAYOUTS, gpus))
     if args.serve:
         serve(args)
     elif args.table:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import psutil
 
-from nemo_tutorial import arguments, checkpoints, compat, faults, live, runs, slurm, terminal
+from nemo_tutorial import arguments, checkpoints, compat, faults, live, network, runs, slurm, terminal
 
 ROOT = Path(__file__).resolve().parents[1]
 # What torchrun passes on to the ranks, and how long it lets them save before it kills them: 30 s if it isn't told.
@@ -74,7 +74,7 @@ def launch(recipe, args, name):
     import nemo_run as run
 
     executor, interrupted, title = local(args), [], args.experiment
-    if args.num_nodes > 1 and os.environ["NODE_RANK"] != "0":
+    if not network.is_first(args):
         title += f"_node{os.environ['NODE_RANK']}"  # NeMo-Run's folder is named by the second, and so would be the same
     else:
         here = {"pid": os.getpid(), "host": os.uname().nodename, "began": psutil.Process().create_time()}

@@ -69,6 +69,11 @@ def environment_problems(nodes):
     return problems
 
 
+def is_first(args):
+    """Whether this launcher does what is done once a run: without Slurm each node has one, and NODE_RANK."""
+    return args.executor != "local" or args.num_nodes == 1 or os.environ["NODE_RANK"] == "0"
+
+
 def meet(facts, nodes, seconds=SECONDS):
     """Wait for all nodes, as MASTER_ADDR, MASTER_PORT and NODE_RANK say; returns their host names, first first.
 

@@ -444,16 +444,15 @@ def start(args, stage, source, build_recipe, prepare=None):
         return
     for checkpoint in source.checkpoints():
         _check_content(checkpoint)
-    # Without Slurm each node has a launcher. What is done once, before the ranks and after, the first does; two that
-    # write one file, or rewrite one checkpoint, come in each other's way. The others wait for it.
-    several = args.executor == "local" and args.num_nodes > 1
-    first = not several or os.environ["NODE_RANK"] == "0"
+    # What is done once, before the ranks and after, the first launcher does; two that write one file, or rewrite one
+    # checkpoint, come in each other's way. The others wait for it.
+    first = network.is_first(args)
     if prepare and first:
         try:
             prepare(recipe)
         except OSError as error:
             terminal.fail([f"before the launch: {error}"], code=1)
-    if several:
+    if args.executor == "local" and args.num_nodes > 1:
         _meet(args, PREPARING)
     run, asked = folder(args), None
     if args.generate_prompts:

@@ -258,11 +258,22 @@ def script(folder, name, *flags, check=True, **env):
     return result
 
 
-def on_nodes(folder, name, nodes, *flags, **env):
-    """Run a script as so many nodes of one process each, all of them here; returns each one's CompletedProcess."""
+def free_port():
+    """A TCP port that is free now."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
-        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(taken.getsockname()[1]), "NCCL_SOCKET_IFNAME": "lo"}
+        return taken.getsockname()[1]
+
+
+def losses(run):
+    """{step: loss} of a run's folder, of the last time that a step was done."""
+    lines = (run / "record" / "metrics.jsonl").read_text().splitlines()
+    return {line["step"]: line["loss"] for line in map(json.loads, lines) if "loss" in line}
+
+
+def on_nodes(folder, name, nodes, *flags, **env):
+    """Run a script as so many nodes of one process each, all of them here; returns each one's CompletedProcess."""
+    env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "NCCL_SOCKET_IFNAME": "lo"}
     flags = [*flags, "--num_nodes", nodes, "--num_gpus", 1]
     with ThreadPoolExecutor(nodes) as pool:
         # To NCCL a host each: ranks of one host it refuses the same GPU.

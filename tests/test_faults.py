@@ -15,7 +15,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import ROOT, script
+from conftest import ROOT, losses, script
 
 from nemo_tutorial import checkpoints, faults
 
@@ -255,12 +255,6 @@ class Run:
     def wait(self, timeout=600):
         code = self.process.wait(timeout)
         return code, self.said()
-
-
-def losses(run):
-    """{step: loss}, of the last time that a step was done."""
-    path = run / "record/metrics.jsonl"
-    return {line["step"]: line["loss"] for line in map(json.loads, path.read_text().splitlines()) if "loss" in line}
 
 
 @pytest.fixture(scope="session")

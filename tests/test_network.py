@@ -8,7 +8,7 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, free_port
 
 NODE = """\
 import json, sys
@@ -21,9 +21,7 @@ SECONDS = 3
 
 @pytest.fixture
 def port():
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        return taken.getsockname()[1]
+    return free_port()
 
 
 def nodes(*settings, count=2, seconds=SECONDS):

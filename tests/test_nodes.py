@@ -5,18 +5,13 @@ import os
 import re
 
 import pytest
-from conftest import on_nodes, script
+from conftest import losses, on_nodes, script
 
 from nemo_tutorial import checkpoints
 
 pytestmark = pytest.mark.nemo
 TRAIN = "--nemo_model nemo_ckpt/tiny --dataset_path data/pre --split 90,10,0 -s 128 -g 8 --lr 6e-3 --num_workers 0 "
 TRAIN = (TRAIN + "--precision fp32 --max_steps 10 --val_check_interval 10").split()
-
-
-def losses(run):
-    lines = (run / "record" / "metrics.jsonl").read_text().splitlines()
-    return {line["step"]: line["loss"] for line in map(json.loads, lines) if "loss" in line}
 
 
 @pytest.mark.parametrize("node", [0, 1])

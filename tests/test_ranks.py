@@ -1,11 +1,11 @@
 """Four ranks and eight, TP, PP, CP and DP at once: a GPU each, or all on one, or the no-GPU mode's processes."""
 
-import json
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from conftest import on_ranks, script
+from conftest import losses, on_ranks, script
+from test_conversion import hf_tensors
 
 from nemo_tutorial import checkpoints, preflight
 
@@ -22,17 +22,6 @@ LAYOUTS = {
     "tp2-pp2-cp2": (["-T", 2, "-P", 2, "-C", 2], 8),
     "tp2-cp2-dp2": (["-T", 2, "-C", 2], 8),
 }
-
-
-def losses(run):
-    lines = (run / "record" / "metrics.jsonl").read_text().splitlines()
-    return {line["step"]: line["loss"] for line in map(json.loads, lines) if "loss" in line}
-
-
-def tensors(folder):
-    from safetensors.torch import load_file
-
-    return {name: tensor.float() for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
 
 
 @pytest.mark.parametrize("layout, then", [("tp2-pp2", "one"), ("tp2-pp2-cp2", "tp2-pp2-dp2"), ("tp2-cp2-dp2", "one")])
@@ -66,10 +55,10 @@ def test_layouts_together(stages, layout, then):
     expected = losses(one)
     assert sorted(expected) == list(range(1, 11)) and expected[10] < 0.9 * expected[1]
     assert losses(whole) == losses(stopped)
-    weights = tensors(stages / f"hf_{one.name}")
+    weights = {name: tensor.float() for name, tensor in hf_tensors(stages / f"hf_{one.name}").items()}
     for run in (whole, other):
         worst = max(abs(loss - expected[step]) for step, loss in losses(run).items())
-        found = tensors(stages / f"hf_{run.name}")
+        found = hf_tensors(stages / f"hf_{run.name}")
         assert {name: tensor.shape for name, tensor in found.items()} == {n: t.shape for n, t in weights.items()}
         off = max(((found[name] - tensor).norm() / tensor.norm()).item() for name, tensor in weights.items())
         print(f"{run.name}: largest difference of a loss {worst:.2g}, of an exported tensor {off:.2g}")

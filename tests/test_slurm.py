@@ -14,7 +14,7 @@ import zlib
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, script
+from conftest import ROOT, losses, script
 
 from nemo_tutorial import checkpoints
 
@@ -29,12 +29,6 @@ TRAIN = (TRAIN + "--precision fp32").split()
 def pretrain(folder, cluster, name, *flags, check=True, **env):
     env = {"SLURM_CONF": cluster.env["SLURM_CONF"], **env}
     return script(folder, "pretraining/pretrain.py", *MODE, "-E", name, *TRAIN, *flags, check=check, **env)
-
-
-def losses(folder, name):
-    """The loss of each step, as it was trained last."""
-    lines = (folder / "results" / name / "record" / "metrics.jsonl").read_text().splitlines()
-    return {line["step"]: line["loss"] for line in map(json.loads, lines) if "loss" in line}
 
 
 def encoded(token):
@@ -112,7 +106,7 @@ def test_two_nodes_a_token_and_a_hostile_name(stages, cluster, server, tmp_path)
     for words in ("tail -F ", f"scancel {job} ", "sbatch "):
         assert words in done.stdout
     assert re.search(r"result +done", done.stdout) and checkpoints.step(checkpoints.latest(run)) == 4
-    assert sorted(losses(stages, NAME)) == [1, 2, 3, 4]
+    assert sorted(losses(stages / "results" / NAME)) == [1, 2, 3, 4]
     text = log.read_text()
     assert re.search(r"network: 2 ranks on 2 node\(s\) add 4 MiB in [\d.]+ ms, [\d.]+ GB/s a rank", text)
     assert text in done.stdout  # the log was followed
@@ -163,7 +157,7 @@ class Run:
         self.job = self.cluster.slurm("sbatch", "--parsable", path, check=True).strip()
 
     def step(self):
-        return max(losses(self.folder, self.name), default=0) if (self.path / "record/metrics.jsonl").exists() else 0
+        return max(losses(self.path), default=0) if (self.path / "record/metrics.jsonl").exists() else 0
 
     def reach(self, step):
         self.cluster.until(lambda: self.step() >= step, f"step {step} of {self.name}", 300)
@@ -192,7 +186,7 @@ def undisturbed(stages, cluster):
 
 def equal(run, other):
     """Every loss, and every byte of the last checkpoint's weights."""
-    ours, theirs = losses(run.folder, run.name), losses(other.folder, other.name)
+    ours, theirs = losses(run.path), losses(other.path)
     assert sorted(ours) == list(range(1, 61)) and ours == theirs
     import torch
     from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
@@ -303,7 +297,7 @@ def test_chain(stages, cluster):
     cluster.slurm("scontrol", "update", f"JobId={first}", f"TimeLimit={limit}", check=True)
     assert cluster.end(first) == "FAILED"
     assert cluster.end(first + 1) == "COMPLETED" and cluster.end(first + 2) == "COMPLETED"
-    assert sorted(losses(stages, "chain")) == list(range(1, 61))
+    assert sorted(losses(stages / "results/chain")) == list(range(1, 61))
     history = "\n".join(run.history())
     assert history.count("started on") == 2 and f"job {first + 1}.0 done" in history
 
@@ -316,7 +310,7 @@ def test_losses_are_those_of_one_node(stages, cluster, layout):
     if not (stages / "results" / "one_node").exists():
         script(stages, "pretraining/pretrain.py", "-E", "one_node", *TRAIN, "-G", 1, *flags)
     pretrain(stages, cluster, layout, "-N", 2, "-G", 1, *flags, "-T", 2 if layout == "tp2" else 1, "--wait")
-    one, two = losses(stages, "one_node"), losses(stages, layout)
+    one, two = losses(stages / "results/one_node"), losses(stages / "results" / layout)
     assert sorted(one) == sorted(two) == list(range(1, 11))
     assert max(abs(one[step] - two[step]) for step in one) < 1e-3
 
